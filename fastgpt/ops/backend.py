@@ -1,0 +1,181 @@
+"""Which path an op takes, Triton kernel or plain PyTorch, and why: decided here and nowhere else.
+
+    with fastgpt.use("triton"):      # a kernel, or an error that says why not
+    with fastgpt.use("reference"):   # plain PyTorch
+    with fastgpt.use("auto"):        # the kernel wherever it can run, else plain PyTorch (the default)
+
+The environment variable FASTGPT_BACKEND sets the default. TRITON_INTERPRET=1, read by Triton when
+a kernel is decorated, makes the kernels run on CPU tensors in Triton's interpreter.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PATHS = ("auto", "triton", "reference")
+INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _check_path(path: str, source: str) -> str:
+    if path not in PATHS:
+        raise ValueError(f"{source}: the path must be one of {', '.join(PATHS)}; got {path!r}")
+    return path
+
+
+_path: ContextVar[str] = ContextVar(
+    "fastgpt_path",
+    default=_check_path(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND"),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path one call of an op took, and why."""
+
+    op: str
+    path: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.path} ({self.why})"
+
+
+_last: dict[str, Choice] = {}
+_listeners: list[list[Choice]] = []
+
+
+@contextmanager
+def use(path: str) -> Iterator[None]:
+    """Choose the path of every op called inside: "auto", "triton" or "reference".
+
+    Raises:
+        ValueError: path is none of these.
+    """
+    token = _path.set(_check_path(path, "use"))
+    try:
+        yield
+    finally:
+        _path.reset(token)
+
+
+def explain(call: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
+    """Tell which path ops took, and why.
+
+    Args:
+        call: a function or model to run as call(*args, **kwargs). If None, nothing runs.
+
+    Returns:
+        The choices made while call ran, in order; without call, the last choice of every op.
+        Calls inside a compiled graph are not seen: the choice was made when it was traced.
+    """
+    if call is None:
+        return list(_last.values())
+    heard: list[Choice] = []
+    _listeners.append(heard)
+    try:
+        call(*args, **kwargs)
+    finally:
+        _listeners.remove(heard)
+    return heard
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether a registered op given x launches its kernel. The dispatcher cannot tell: under the
+    sanitizer a tensor is CUDA to the program and CPU to the dispatcher."""
+    return x.is_cuda or INTERPRET
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _obstacle(x: Tensor) -> str | None:
+    """What keeps any kernel from running on x, or None."""
+    if not runs_kernel(x):
+        return f"tensors are on {x.device}; kernels need CUDA, or TRITON_INTERPRET=1"
+    if not _has_triton():
+        return "triton is not installed"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"kernels take float32, float16 and bfloat16; got {x.dtype}"
+    if INTERPRET and x.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the raw bits of bfloat16"
+    return None
+
+
+def kernel_chosen(op: str, x: Tensor, obstacle: str | None = None) -> bool:
+    """Decide for a call of op on x; obstacle is the op's own reason why its kernel cannot run.
+
+    Raises:
+        ValueError: the kernel is forced by use("triton") and cannot take the input.
+    """
+    path = _path.get()
+    why = _obstacle(x) or obstacle
+    if path == "triton" and why is not None:
+        raise ValueError(f"{op}: the triton path is forced, but {why}")
+    chosen = path != "reference" and why is None
+    if not torch.compiler.is_compiling():
+        if path != "auto":
+            why = f'use("{path}")'
+        elif why is None:
+            why = "Triton's interpreter" if INTERPRET and not x.is_cuda else "a CUDA tensor"
+        _last[op] = choice = Choice(op, "triton" if chosen else "reference", why)
+        for heard in _listeners:
+            heard.append(choice)
+    return chosen
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on, as torch casts those of a matmul."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        else t
+        for t in tensors
+    )  # fmt: skip
+
+
+def double_backward() -> bool:
+    """Whether the running backward was called with create_graph=True."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable_grads(
+    ref: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ref(*inputs) by plain PyTorch, themselves differentiable.
+
+    A kernel's backward has no derivative of its own. One that is called with create_graph=True
+    comes here, so that second derivatives are right and not silently absent.
+    """
+    with torch.enable_grad():
+        out = ref(*inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    live = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    got = iter(
+        torch.autograd.grad(
+            [o for o, _ in live],
+            wanted,
+            [g.to(o.dtype) for o, g in live],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(
+        next(got) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)
+    )

@@ -1,0 +1,294 @@
+"""Layer normalization, with the residual add and dropout before it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.ops import backend
+from fastgpt.ops.dropout import check_dropout, draw_seed, dropout_mask
+from fastgpt.ops.library import define, impl
+
+
+def _add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
+    """residual + dropout(x), in residual's dtype; x itself without a residual."""
+    if residual is None:
+        return x
+    if p > 0.0 and seed is not None:
+        keep = dropout_mask(seed, (x.numel() // max(1, x.shape[-1]), x.shape[-1]), p)
+        x = x * keep.view(x.shape) / (1.0 - p)
+    elif p > 0.0:
+        x = F.dropout(x, p)
+    return (residual + x).to(residual.dtype)
+
+
+def _plain(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Plain PyTorch: its own layer norm, in the widest of the dtypes."""
+    h = _add(x, residual, p, seed)
+    dtype = torch.promote_types(h.dtype, weight.dtype)
+    b = None if bias is None else bias.to(dtype)
+    y = F.layer_norm(h.to(dtype), weight.shape, weight.to(dtype), b, eps)
+    return y.to(x.dtype), h
+
+
+def layer_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The specification of `layer_norm`, in steps that each round to their own dtype."""
+    h = _add(x, residual, dropout_p, seed)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    xhat = (wide - wide.mean(-1, keepdim=True)) * torch.rsqrt(
+        wide.var(-1, correction=0, keepdim=True) + eps
+    )
+    y = (xhat * weight + (0.0 if bias is None else bias)).to(x.dtype)
+    return y if residual is None else (y, h)
+
+
+define(
+    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps,"
+    " float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+define(
+    "layer_norm_bwd(Tensor? dy, Tensor? dh, Tensor h, Tensor weight, bool has_bias, Tensor mean,"
+    " Tensor rstd, float dropout_p, Tensor? seed, ScalarType x_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@impl("layer_norm_fwd")
+def _layer_norm_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, h (empty without residual: h is x), mean, rstd; all over x as (M, N)."""
+    if backend.runs_kernel(x):
+        from fastgpt.kernels.layer_norm import layer_norm_fwd
+
+        return layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)
+    h = _add(x, residual, dropout_p, seed)
+    y, _ = _plain(h, None, weight, bias, eps, 0.0, None)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32)).flatten(0, -2)
+    var, mean = torch.var_mean(wide, -1, correction=0)
+    rstd = torch.rsqrt(var + eps)
+    y = y.to(x.dtype).contiguous()
+    return y, x.new_empty(0) if residual is None else h.contiguous(), mean, rstd
+
+
+@torch.library.register_fake("fastgpt::layer_norm_fwd")
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    stat = torch.promote_types((x if residual is None else residual).dtype, torch.float32)
+    h = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    mean, rstd = x.new_empty(rows, dtype=stat), x.new_empty(rows, dtype=stat)
+    return x.new_empty(x.shape), h, mean, rstd
+
+
+@impl("layer_norm_bwd")
+def _layer_norm_bwd(
+    dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
+    rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx, dresidual (empty where it would be dx), dweight, dbias (empty without bias)."""
+    if backend.runs_kernel(h):
+        from fastgpt.kernels.layer_norm import layer_norm_bwd
+
+        return layer_norm_bwd(dy, dh, h, weight, has_bias, mean, rstd, dropout_p, seed, x_dtype)
+    N = h.shape[-1]
+    wide = torch.promote_types(h.dtype, torch.float32)
+    flat = h.reshape(-1, N).to(wide)
+    g = torch.zeros_like(flat) if dy is None else dy.reshape(-1, N).to(wide)
+    xhat = (flat - mean[:, None]) * rstd[:, None]
+    wdy = g * weight.to(wide)
+    dres = rstd[:, None] * (
+        wdy - wdy.mean(-1, keepdim=True) - xhat * (wdy * xhat).mean(-1, keepdim=True)
+    )
+    if dh is not None:
+        dres = dres + dh.reshape(-1, N).to(wide)
+    dx = dres
+    if dropout_p > 0.0 and seed is not None:
+        dx = dres * dropout_mask(seed, (flat.shape[0], N), dropout_p) / (1.0 - dropout_p)
+    dw, db = (g * xhat).sum(0).to(weight.dtype), g.sum(0).to(weight.dtype)
+    one = dropout_p == 0.0 and x_dtype == h.dtype
+    return (
+        dx.to(x_dtype).reshape(h.shape),
+        h.new_empty(0) if one else dres.to(h.dtype).reshape(h.shape).clone(),
+        dw,
+        db if has_bias else weight.new_empty(0),
+    )
+
+
+@torch.library.register_fake("fastgpt::layer_norm_bwd")
+def _(
+    dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
+    rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    one = dropout_p == 0.0 and x_dtype == h.dtype
+    return (
+        h.new_empty(h.shape, dtype=x_dtype),
+        h.new_empty(0) if one else h.new_empty(h.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape) if has_bias else weight.new_empty(0),
+    )
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """(x, residual, weight, bias, ...) -> (y, h); without residual only y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+        eps: float, dropout_p: float, seed: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        y, h, mean, rstd = torch.ops.fastgpt.layer_norm_fwd(
+            x, residual, weight, bias, eps, dropout_p, seed
+        )
+        h = x if residual is None else h
+        ctx.save_for_backward(h, weight, mean, rstd, seed)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.dropout_p, ctx.x_dtype = eps, dropout_p, x.dtype
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dh: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, weight, mean, rstd, seed = ctx.saved_tensors
+        _, has_residual, _, has_bias, *_ = ctx.needs_input_grad
+        if dy is None and dh is None:
+            return (None,) * 7
+        dw: Tensor | None
+        db: Tensor | None
+        if backend.double_backward():
+            dres, dw, db = _double(dy, dh, h, weight, ctx.eps)
+            dx = _add_grad(dres, ctx.dropout_p, seed).to(ctx.x_dtype)
+        else:
+            dx, dres, dw, db = torch.ops.fastgpt.layer_norm_bwd(
+                dy, dh, h, weight, has_bias, mean, rstd, ctx.dropout_p, seed, ctx.x_dtype
+            )
+            dres = dx if dres.numel() == 0 else dres
+        return dx, dres if has_residual else None, dw, db if has_bias else None, None, None, None
+
+
+def _add_grad(dres: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Gradient of dropout(x) from that of the sum it went into."""
+    if p == 0.0 or seed is None:
+        return dres
+    keep = dropout_mask(seed, (dres.numel() // max(1, dres.shape[-1]), dres.shape[-1]), p)
+    return dres * keep.view(dres.shape) / (1.0 - p)
+
+
+def _double(
+    dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Differentiable dresidual, dweight and dbias; h is an output, so its own graph goes on."""
+    dres, dw, db = dh, None, None
+    if dy is not None:
+        dnorm, dw = backend.differentiable_grads(
+            lambda h, w: _plain(h, None, w, None, eps, 0.0, None)[0],
+            (h, weight),
+            (True,) * 2,
+            (dy,),
+        )
+        assert dnorm is not None
+        dres = dnorm if dh is None else dnorm + dh
+        db = dy.flatten(0, -2).sum(0).to(weight.dtype)
+    assert dres is not None
+    return dres.to(h.dtype), dw, db
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    if x.ndim < 1 or x.shape[-1] == 0:
+        raise ValueError(
+            f"layer_norm: x must have a last dimension of at least 1; got {tuple(x.shape)}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.shape != x.shape[-1:]:
+            raise ValueError(
+                f"layer_norm: {name} must be ({x.shape[-1]},), the last dimension of x;"
+                f" got {name} {tuple(t.shape)}, x {tuple(x.shape)}"
+            )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            "layer_norm: residual must have x's shape;"
+            f" got residual {tuple(residual.shape)}, x {tuple(x.shape)}"
+        )
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if t is not None and not t.dtype.is_floating_point:
+            raise TypeError(f"layer_norm: {name} must have a floating dtype; got {t.dtype}")
+        if t is not None and t.device != x.device:
+            raise ValueError(
+                f"layer_norm: all tensors must be on one device; got x {x.device}, {name} {t.device}"
+            )
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(
+            f"layer_norm: weight and bias must have one dtype; got {weight.dtype}, {bias.dtype}"
+        )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm: y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last dimension.
+
+    With residual, h = residual + dropout(x) is made in the same pass and returned too: it is the
+    residual stream of a pre-norm transformer. Without it h = x. The variance is the biased one.
+
+    Args:
+        x: (..., N) in float32, float16 or bfloat16, any strides, any N.
+        weight, bias: (N,), of one floating dtype, which may be wider than x's.
+        eps: added to the variance.
+        residual: x's shape; its dtype may be wider than x's and is h's.
+        dropout_p: probability in [0, 1) of dropping an element of x; needs residual.
+        seed: one int64 on x's device that fixes the dropout mask (see `dropout_mask`, of shape
+            (rows, N)); drawn from torch's generator if None.
+
+    Returns:
+        y: x's shape and dtype. With residual (y, h), h in residual's dtype. Statistics are float32.
+
+    Raises:
+        ValueError: shapes or devices differ, or dropout_p without residual or outside [0, 1).
+        TypeError: a dtype is not floating, or weight's and bias's differ.
+
+    Ba, Kiros, Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450, eq. 4.
+    """
+    _check(x, weight, bias, residual)
+    check_dropout("layer_norm", dropout_p, seed)
+    if residual is None and dropout_p > 0.0:
+        raise ValueError(f"layer_norm: dropout_p needs residual; got dropout_p {dropout_p} alone")
+    if backend.kernel_chosen("layer_norm", x, _obstacle(weight, residual)):
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(x.device)
+        out = LayerNormFunction.apply(x, residual, weight, bias, eps, dropout_p, seed)
+        return out  # type: ignore[no-any-return]
+    y, h = _plain(x, residual, weight, bias, eps, dropout_p, seed)
+    return y if residual is None else (y, h)
+
+
+def _obstacle(weight: Tensor, residual: Tensor | None) -> str | None:
+    for name, t in (("weight", weight), ("residual", residual)):
+        if t is not None and t.dtype == torch.float64:
+            return f"the kernel takes no float64; {name} is"
+    return None

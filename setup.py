@@ -1,0 +1,39 @@
+from setuptools import find_packages, setup
+
+TRAIN = ["jsonargparse[signatures]>=4.40", "tokenizers>=0.20", "tqdm>=4.66"]
+
+setup(
+    name="fastgpt-triton",
+    version="0.1.0",
+    description="Fused Triton kernels that GPT models train and generate with",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    # kernels/ is fastgpt.kernels: in an install by package_dir, in the source tree by the link
+    # fastgpt/kernels. It has no __init__.py, because a top-level package `kernels` is Hugging Face's.
+    packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels"],
+    package_dir={"fastgpt.kernels": "kernels"},
+    package_data={"fastgpt": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "einops>=0.8",
+        "numpy>=1.26",
+        "safetensors>=0.4.5",
+        "triton>=3.6; sys_platform == 'linux'",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "dev": [
+            *TRAIN,
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "transformers>=5.20,<6",
+        ],
+    },
+    entry_points={"console_scripts": ["fastgpt=fastgpt.cli:main"]},
+)

@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     # kernels/ is fastgpt.kernels: in an install by package_dir, in the source tree by the link
-    # fastgpt/kernels. It has no __init__.py, because a top-level package `kernels` is Hugging Face's.
+    # fastgpt/kernels. It has no __init__.py: a top-level package `kernels` is Hugging Face's.
     packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels"],
     package_dir={"fastgpt.kernels": "kernels"},
     package_data={"fastgpt": ["py.typed"]},

@@ -2,7 +2,7 @@
 
     with fastgpt.use("triton"):      # a kernel, or an error that says why not
     with fastgpt.use("reference"):   # plain PyTorch
-    with fastgpt.use("auto"):        # the kernel wherever it can run, else plain PyTorch (the default)
+    with fastgpt.use("auto"):        # the default: the kernel wherever it can run
 
 The environment variable FASTGPT_BACKEND sets the default. TRITON_INTERPRET=1, read by Triton when
 a kernel is decorated, makes the kernels run on CPU tensors in Triton's interpreter.
@@ -11,7 +11,6 @@ a kernel is decorated, makes the kernels run on CPU tensors in Triton's interpre
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -30,10 +29,9 @@ def _check_path(path: str, source: str) -> str:
     return path
 
 
-_path: ContextVar[str] = ContextVar(
-    "fastgpt_path",
-    default=_check_path(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND"),
-)
+# Of the process, not of the thread: activation checkpointing runs forward again in a thread of the
+# autograd engine's, and must take the path that the first forward took. Dynamo guards on it too.
+_path = _check_path(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,12 @@ def use(path: str) -> Iterator[None]:
     Raises:
         ValueError: path is none of these.
     """
-    token = _path.set(_check_path(path, "use"))
+    global _path
+    before, _path = _path, _check_path(path, "use")
     try:
         yield
     finally:
-        _path.reset(token)
+        _path = before
 
 
 def explain(call: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
@@ -117,7 +116,7 @@ def kernel_chosen(op: str, x: Tensor, obstacle: str | None = None) -> bool:
     Raises:
         ValueError: the kernel is forced by use("triton") and cannot take the input.
     """
-    path = _path.get()
+    path = _path
     why = _obstacle(x) or obstacle
     if path == "triton" and why is not None:
         raise ValueError(f"{op}: the triton path is forced, but {why}")

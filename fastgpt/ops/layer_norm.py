@@ -233,7 +233,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
             raise TypeError(f"layer_norm: {name} must have a floating dtype; got {t.dtype}")
         if t is not None and t.device != x.device:
             raise ValueError(
-                f"layer_norm: all tensors must be on one device; got x {x.device}, {name} {t.device}"
+                f"layer_norm: all tensors must be on one device;"
+                f" got x {x.device}, {name} {t.device}"
             )
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(

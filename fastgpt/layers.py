@@ -1,0 +1,197 @@
+"""The layers of a GPT, on the fused ops. Parameters keep the names GPT-2's checkpoints give them.
+
+The residual stream is never added to on its own: a block hands on its last branch beside the
+stream, and the next layer norm adds the one to the other on its way. LayerNorm is a drop-in for
+torch's nn.LayerNorm.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias, with the residual add before it.
+
+    Constructor and state_dict are nn.LayerNorm's; bias=False has no bias parameter.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalize x, or h = residual + dropout(x).
+
+        Args:
+            x: (..., *normalized_shape).
+            residual: x's shape; its dtype may be wider than x's.
+            dropout_p: probability of dropping an element of x; needs residual. It is applied
+                whether or not the module is in training mode.
+
+        Returns:
+            y of x's shape and dtype; with residual (y, h).
+
+        Raises:
+            ValueError: x does not end in normalized_shape.
+        """
+        shape, n = self.normalized_shape, len(self.normalized_shape)
+        if tuple(x.shape[-n:]) != shape:
+            raise ValueError(f"LayerNorm: x must end in {shape}; got x {tuple(x.shape)}")
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if weight is None:
+            weight = torch.ones(shape, device=x.device)
+        if n == 1:
+            return ops.layer_norm(x, weight, bias, self.eps, residual=residual, dropout_p=dropout_p)
+        out = ops.layer_norm(
+            x.flatten(-n),
+            weight.flatten(),
+            None if bias is None else bias.flatten(),
+            self.eps,
+            residual=None if residual is None else residual.flatten(-n),
+            dropout_p=dropout_p,
+        )
+        if isinstance(out, Tensor):
+            return out.view(x.shape)
+        return out[0].view(x.shape), out[1].view(x.shape)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for every layer, in room set aside at first.
+
+    Args:
+        n_layer, batch_size, length, n_head, head_dim: the sizes; length is the most positions.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        batch_size: int,
+        length: int,
+        n_head: int,
+        head_dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (n_layer, 2, batch_size, length, n_head, head_dim)
+        self._room = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # positions filled, the same in every layer
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, T, H, D) to a layer; return all its keys and values as views.
+
+        The model moves `length` on once every layer has its keys.
+        """
+        end = self.length + k.shape[1]
+        keys, values = self._room[layer].unbind(0)  # (B, length, H, D)
+        if k.shape[0] != keys.shape[0] or end > keys.shape[1]:
+            raise ValueError(
+                f"KVCache: room is for {keys.shape[0]} rows of {keys.shape[1]} positions;"
+                f" got {k.shape[0]} rows up to position {end}"
+            )
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
+        return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal multi-head self-attention: c_proj(concat_h softmax(q_h k_h^T / sqrt(D)) v_h).
+
+    Position i weighs the positions j <= i; its weights are non-negative and sum to one.
+
+    Args:
+        n_embd: width C, n_head times the head dimension D.
+        n_head: heads H.
+        bias: whether the two linear layers have a bias.
+        dropout: probability of dropping an attention weight, in training mode.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, bias: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(
+                f"CausalSelfAttention: n_embd must be a multiple of n_head; got {n_embd}, {n_head}"
+            )
+        self.n_head, self.dropout = n_head, dropout
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); with cache, x are the positions after those it holds."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.unbind(2)  # (B, T, H, D), views
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, Tk, H, D)
+        o = ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        assert isinstance(o, Tensor)
+        y: Tensor = self.c_proj(o.reshape(B, T, C))
+        return y
+
+
+class MLP(nn.Module):
+    """The feed-forward: c_proj(act(c_fc(x))), four times as wide inside.
+
+    Args:
+        n_embd: width C.
+        bias: whether the two linear layers have a bias.
+        activation: "gelu_tanh", "gelu" or "relu".
+    """
+
+    def __init__(self, n_embd: int, bias: bool = True, activation: str = "gelu_tanh") -> None:
+        super().__init__()
+        self.activation = activation
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C) -> (..., C)."""
+        up, down = self.c_fc, self.c_proj
+        return ops.ffn(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: h += attn(ln_1(h)); h += mlp(ln_2(h)).
+
+    Both adds happen in a layer norm: that of the attention in ln_2, that of the feed-forward in
+    whatever norm comes after the block.
+
+    Args:
+        n_embd, n_head, bias, activation: see CausalSelfAttention and MLP.
+        dropout: of attention weights and of every branch before it is added, in training mode.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        bias: bool = True,
+        dropout: float = 0.0,
+        activation: str = "gelu_tanh",
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.ln_1 = LayerNorm(n_embd, bias=bias)
+        self.attn = CausalSelfAttention(n_embd, n_head, bias, dropout)
+        self.ln_2 = LayerNorm(n_embd, bias=bias)
+        self.mlp = MLP(n_embd, bias, activation)
+
+    def forward(
+        self, branch: Tensor | None, h: Tensor, cache: KVCache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Take a residual stream and a branch not yet added to it; return the next such pair.
+
+        Args:
+            branch: (B, T, C), the branch to add to h first, or None.
+            h: (B, T, C), the residual stream.
+
+        Returns:
+            The feed-forward's branch and the stream it is to be added to, both (B, T, C).
+        """
+        p = self.dropout if self.training else 0.0
+        if branch is None:
+            x = self.ln_1(h)
+        else:
+            x, h = self.ln_1(branch, h, p)
+        x, h = self.ln_2(self.attn(x, cache, layer), h, p)
+        return self.mlp(x), h

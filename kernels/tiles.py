@@ -40,6 +40,9 @@ class AttentionTiles:
     dq: Tile
 
 
+WIDEST_ROW = 8192  # columns of a row that stays in registers
+
+
 def interpreting() -> bool:
     return not isinstance(_probe, triton.JITFunction)
 
@@ -88,3 +91,20 @@ def attention_tiles(dtype: torch.dtype, block_d: int, dropout: bool) -> Attentio
         return AttentionTiles(t, t, Tile(16, 32, 4, 1), t)
     t = Tile(64, 64, 4, 2)
     return AttentionTiles(t, t, t, t)
+
+
+def programs(x: Tensor, num_warps: int) -> int:
+    """How many programs walk over rows side by side: enough for 16 warps on each multiprocessor."""
+    if not x.is_cuda:
+        return 4
+    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(1, 16 // num_warps)
+
+
+def layer_norm_tile(N: int, backward: bool = False) -> Tile:
+    """Rows x columns of a program. A warp holds 1024 elements of a row (512 in backward, which has
+    sums to keep as well), so a row of up to that width is reduced without shared memory."""
+    if chip() == "interpreter":
+        return Tile(4, min(128, triton.next_power_of_2(N)), 1, 1)
+    per_warp = 512 if backward else 1024
+    block_n = min(WIDEST_ROW, triton.next_power_of_2(N))
+    return Tile(max(1, per_warp // block_n), block_n, min(16, max(1, block_n // per_warp)), 1)

@@ -1,0 +1,1 @@
+"""Kernel development with no GPU: compile for any chip, read the resources, compare the numbers."""

@@ -108,3 +108,20 @@ def layer_norm_tile(N: int, backward: bool = False) -> Tile:
     per_warp = 512 if backward else 1024
     block_n = min(WIDEST_ROW, triton.next_power_of_2(N))
     return Tile(max(1, per_warp // block_n), block_n, min(16, max(1, block_n // per_warp)), 1)
+
+
+@dataclass(frozen=True)
+class ProductTile(Tile):
+    block_k: int = 32
+
+
+def ffn_tile() -> ProductTile:
+    """Of the feed-forward's products, in 16-bit dtypes."""
+    if chip() == "interpreter":
+        return ProductTile(32, 32, 4, 1, 16)
+    return ProductTile(128, 128, 8, 3, 32)
+
+
+def act_tile() -> Tile:
+    """Of the pointwise passes over (M, F)."""
+    return Tile(8, 32, 1, 1) if chip() == "interpreter" else Tile(4, 512, 4, 1)

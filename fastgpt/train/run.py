@@ -78,11 +78,16 @@ def prepare(
     training, held_out = split(documents, config.held_out, config.seed)
     if tokenizer is None:
         tokenizer = Tokenizer.train(training, config.vocab_size)
+    shape = config.model(tokenizer.vocab_size)
+    ids = tokenize(tokenizer, training), tokenize(tokenizer, held_out)
+    for name, part in zip(("training", "held-out"), ids, strict=True):
+        if len(part) <= shape.block_size:
+            raise ValueError(
+                f"text: its {name} part must be longer than the context, block_size"
+                f" {shape.block_size} tokens; got {len(part)} tokens"
+            )
     torch.manual_seed(config.seed)
-    model = GPT(config.model(tokenizer.vocab_size))
-    return Trainer(
-        config, model, tokenizer, tokenize(tokenizer, training), tokenize(tokenizer, held_out)
-    )
+    return Trainer(config, GPT(shape), tokenizer, *ids)
 
 
 def open_folder(out: Path) -> None:
@@ -102,11 +107,17 @@ def open_folder(out: Path) -> None:
         ) from None
 
 
-def run(trainer: Trainer, out: Path, quiet: bool = False) -> None:
+def run(trainer: Trainer, out: Path, on_step: Callable[[Step], object] = lambda made: None) -> None:
     """Train to the end or to a signal, with a progress bar, a log and checkpoints in out."""
     extra = {"config": asdict(trainer.config)}
-    with interrupts() as stop, _Log(out / "log.jsonl", trainer, quiet) as log:
-        trainer.fit(stop, log.step, log.evaluation, lambda: trainer.save(out, extra))
+
+    with interrupts() as stop, _Log(out / "log.jsonl", trainer) as log:
+
+        def step(made: Step) -> None:
+            log.step(made)
+            on_step(made)
+
+        trainer.fit(stop, step, log.evaluation, lambda: trainer.save(out, extra))
 
 
 def _resume(config: TrainConfig, out: Path) -> Trainer:
@@ -161,14 +172,14 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 class _Log:
-    """Lines of JSON in a file, and a bar on the terminal."""
+    """Lines of JSON in a file, and a bar on standard error."""
 
-    def __init__(self, path: Path, trainer: Trainer, quiet: bool) -> None:
-        self._path, self._trainer, self._quiet = path, trainer, quiet
+    def __init__(self, path: Path, trainer: Trainer) -> None:
+        self._path, self._trainer = path, trainer
 
     def __enter__(self) -> "_Log":
         try:
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
         except ImportError:
             raise ImportError(
                 "train: needs the package tqdm; pip install 'fastgpt-triton[train]'"
@@ -177,11 +188,10 @@ class _Log:
         self._forget_after(t.steps_done)
         self._file = open(self._path, "a", encoding="utf-8")
         self._bar = tqdm(
-            total=t.config.steps,
-            initial=t.steps_done,
-            unit="step",
-            disable=self._quiet,
-            dynamic_ncols=True,
+            total=1.0,  # the bar is the share of the run, by steps or by time
+            initial=t.progress(),
+            bar_format="{percentage:3.0f}% |{bar:24}| {elapsed}<{remaining}{postfix}",
+            mininterval=0.2 if sys.stderr.isatty() else 15.0,
             file=sys.stderr,
         )
         c = t.config
@@ -195,23 +205,23 @@ class _Log:
 
     def step(self, made: Step) -> None:
         t = self._trainer
-        self._bar.update()
-        if made.step % t.config.log_every and not t.done:
-            return
-        spent = max(1e-9, t.seconds - self._since)
-        rate = (made.step - self._at) * self._tokens_a_step / spent
-        self._since, self._at = t.seconds, made.step
-        self._bar.set_postfix_str(f"loss {made.loss:.3f}, {rate:,.0f} tokens/s")
-        self._write(asdict(made) | {"tokens_per_second": round(rate, 1)})
+        if made.step % t.config.log_every == 0 or t.done:
+            spent = max(1e-9, t.seconds - self._since)
+            rate = (made.step - self._at) * self._tokens_a_step / spent
+            self._since, self._at = t.seconds, made.step
+            self._bar.set_postfix_str(
+                f"step {made.step}, loss {made.loss:.3f}, {rate:,.0f} tokens/s", refresh=False
+            )
+            self._write(asdict(made) | {"tokens_per_second": round(rate, 1)})
+        self._bar.update(t.progress() - self._bar.n)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         self._since = self._trainer.seconds
-        if not self._quiet:
-            self._bar.write(
-                f"step {step}: held-out loss {result.loss:.3f},"
-                f" perplexity {result.perplexity:.1f}, {result.bits_per_byte:.3f} bits/byte",
-                file=sys.stderr,
-            )
+        self._bar.write(
+            f"step {step}: held-out loss {result.loss:.3f}, perplexity {result.perplexity:.1f},"
+            f" {result.bits_per_byte:.3f} bits/byte",
+            file=sys.stderr,
+        )
         self._write({"step": step} | {f"held_out_{k}": v for k, v in asdict(result).items()})
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -1,0 +1,188 @@
+"""The command line: fastgpt demo, train, generate.
+
+Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
+traceback comes too.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+USAGE = """usage: fastgpt COMMAND ...
+
+commands:
+  demo      train a small GPT on real text in about two minutes, and show what it learned
+  train     train a GPT on text files
+  generate  continue a prompt with a trained model
+
+fastgpt COMMAND --help tells a command's options.
+"""
+STOPPED = 130  # as a shell reports SIGINT
+PIPE_CLOSED = 141  # as a shell reports SIGPIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with an error of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for out in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # replaced by something else
+            out.reconfigure(errors="replace")  # type: ignore[union-attr]
+    commands = {"demo": _demo, "train": _train, "generate": _generate}
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            code = 0 if argv else 2
+        elif argv[0] == "--version":
+            from fastgpt import __version__
+
+            print(f"fastgpt {__version__}")
+            code = 0
+        elif argv[0] not in commands:
+            raise ValueError(
+                f"fastgpt: the command must be one of {', '.join(commands)}; got {argv[0]!r}"
+            )
+        else:
+            code = commands[argv[0]](argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python's own flush at exit must not fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        return STOPPED
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if sys.flags.dev_mode:
+            raise
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        print(_line(error), file=sys.stderr)
+        return 2
+
+
+def _line(error: Exception) -> str:
+    """One line that says the rule and what came."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"file: {error.filename} cannot be used; {(error.strerror or str(error)).lower()}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _demo(argv: list[str]) -> int:
+    parser = _Parser("fastgpt demo", description="Train a small GPT and show what it learned.")
+    parser.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE",
+        help="UTF-8 text to train on; without it Python's language reference",
+    )  # fmt: skip
+    parser.add_argument("--out", default="runs/demo", help="folder of the run (%(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, help="the longest to train (%(default)s)"
+    )
+    parser.add_argument("--prompt", help="text to continue in the end")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (%(default)s)")
+    args = parser.parse_args(argv)
+    from fastgpt.demo import demo
+
+    return 0 if demo(args.text, args.out, args.minutes, args.prompt, args.seed) else STOPPED
+
+
+def _train(argv: list[str]) -> int:
+    try:
+        import jsonargparse
+    except ImportError:
+        raise ImportError(
+            "train: needs the package jsonargparse; pip install 'fastgpt-triton[train]'"
+        ) from None
+    from fastgpt.train import TrainConfig, checkpoint, train
+
+    parser: Any = jsonargparse.ArgumentParser(
+        "fastgpt train", description="Train a GPT on text files.", exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file of these options")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_class_arguments(TrainConfig)
+    try:
+        args = parser.parse_args(argv)
+        options = parser.instantiate_classes(args).as_dict()
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise ValueError(f"fastgpt train: {error}; see fastgpt train --help") from None
+    options.pop("config")
+    resume = options.pop("resume")
+    config = TrainConfig(**options)
+    trainer = train(config, resume)
+    folder = checkpoint.find(config.out)
+    if trainer.done:
+        print(f"done: {trainer.steps_done} steps, checkpoint {folder}")
+        return 0
+    print(f"stopped after {trainer.steps_done} steps, checkpoint {folder}; --resume goes on")
+    return STOPPED
+
+
+def _generate(argv: list[str]) -> int:
+    parser = _Parser("fastgpt generate", description="Continue a prompt with a trained model.")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the folder of a run"
+    )
+    parser.add_argument("--prompt", default="", help="text to continue; none begins a document")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="the most tokens; without it all the context has room for",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="draw among the likeliest with this probability"
+    )
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--samples", type=int, default=1, help="how many texts (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        raise ValueError(f"generate: samples must be at least 1; got {args.samples}")
+    import torch
+
+    from fastgpt.generate import stream
+    from fastgpt.train import load
+    from fastgpt.train.loop import pick_device
+
+    device = pick_device(args.device)
+    model, tokenizer = load(args.checkpoint, device)
+    ids = tokenizer.encode(args.prompt)
+    if not ids:
+        if tokenizer.eos is None:
+            raise ValueError("generate: this tokenizer has no end of text; give a prompt")
+        ids = [tokenizer.eos]
+    room = model.config.block_size - len(ids)
+    new = max(room, 1) if args.max_new_tokens is None else args.max_new_tokens
+    seed = int(torch.randint(2**62, ())) if args.seed is None else args.seed
+    for n in range(args.samples):
+        if n:
+            print("\n---")
+        tokens = stream(
+            model,
+            torch.tensor([ids], device=device),
+            new,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=seed + n,
+            eos=tokenizer.eos,
+        )
+        print(args.prompt, end="", flush=True)
+        for piece in tokenizer.stream(int(token) for token in tokens):
+            print(piece, end="", flush=True)
+    print()
+    return 0

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.tiles import attention_tiles, dot_precision, on_device, padded_head_dim
+from fastgpt.kernels.tiles import attention_tiles, on_device, padded_head_dim
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -59,7 +59,7 @@ def _bounds(lo, hi, full_lo, full_hi, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile(ptr, stride_t, offs_t, offs_d, T, D, MASK_T: tl.constexpr, PAD_D: tl.constexpr):
-    """Load rows offs_t of a (T, D) matrix as [len(offs_t), BLOCK_D]; the pointer is at its start."""
+    """Rows offs_t of the (T, D) matrix at ptr, as [len(offs_t), BLOCK_D]."""
     ptrs = ptr + offs_t[:, None] * stride_t + offs_d[None, :]
     if MASK_T and PAD_D:
         return tl.load(ptrs, mask=(offs_t[:, None] < T) & (offs_d[None, :] < D), other=0.0)
@@ -76,14 +76,14 @@ def _fwd_block(
     acc, m_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left, right,
     qk_scale, seed, bh, threshold,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     start = tl.to_tensor(start_n).to(tl.int64)
     end = Tk - start_n
     k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if MASKED:
         n = start_n + offs_n
         see = (n[None, :] < Tk) & (n[None, :] <= (t_m + right)[:, None])
@@ -96,7 +96,7 @@ def _fwd_block(
     if DROPOUT:
         p = tl.where(kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold), p, 0.0)
     v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, m_new, l_i
 
 
@@ -107,7 +107,7 @@ def _fwd_kernel(
     stride_vh, stride_ob, stride_ot, stride_oh,
     Tq, Tk, H, groups, D, BH, band, left, right, qk_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     # Programs go band by band of heads whose keys fit the L2 cache, in a band last queries first.
     pid = tl.program_id(0)
@@ -143,14 +143,14 @@ def _fwd_kernel(
         acc, m_i, l_i = _fwd_block(
             acc, m_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m, Tk, D,
             left, right, qk_scale, seed, bh, threshold,
-            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, PRECISION,
+            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT,
         )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
         acc, m_i, l_i = _fwd_block(
             acc, m_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D,
             left, right, qk_scale, seed, bh, threshold,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, PRECISION,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT,
         )  # fmt: skip
 
     some = l_i > 0.0  # a query that sees no key gives 0 and -inf
@@ -199,7 +199,7 @@ def _dkdv_block(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dt, start_m, offs_n, shift,
     Tq, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     in_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -214,23 +214,23 @@ def _dkdv_block(
     else:
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-    st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    st = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
     pt = tl.math.exp2(tl.fma(st, qk_scale, -(lse * LOG2E)[None, :]))
     if MASKED:
         t_m = offs_m + shift
         see = (offs_n[:, None] <= (t_m + right)[None, :]) & (offs_n[:, None] < Tk)
         see &= (offs_n[:, None] >= (t_m - left)[None, :]) & (offs_m < Tq)[None, :]
         pt = tl.where(see, pt, 0.0)
-    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    dpt = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
     if DROPOUT:
         keep = kept(seed, bh, offs_m[None, :], offs_n[:, None], threshold)
         pd = tl.where(keep, pt, 0.0)
         dpt = tl.where(keep, dpt * keep_scale, 0.0)
     else:
         pd = pt
-    dv = tl.dot(pd.to(do.dtype), do, dv, input_precision=PRECISION)
+    dv = tl.dot(pd.to(do.dtype), do, dv, input_precision="ieee")
     dst = pt * (dpt - delta[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -241,7 +241,7 @@ def _dkdv_kernel(
     stride_vh, stride_db, stride_dt, stride_dh,
     Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     heads = H // groups
     blocks = tl.cdiv(Tk, BLOCK_N)
@@ -276,14 +276,14 @@ def _dkdv_kernel(
             dk, dv = _dkdv_block(
                 dk, dv, k, v, q_head, do_head, lse_ptr + row, delta_ptr + row, stride_qt, stride_dt,
                 m * BLOCK_M, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh, threshold,
-                keep_scale, BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT, PRECISION,
+                keep_scale, BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT,
             )  # fmt: skip
         for m in tl.range(m_first, m_last - (m_unfull - m_full)):
             start_m = tl.where(m < m_full, m, m + (m_unfull - m_full)) * BLOCK_M
             dk, dv = _dkdv_block(
                 dk, dv, k, v, q_head, do_head, lse_ptr + row, delta_ptr + row, stride_qt, stride_dt,
                 start_m, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh, threshold,
-                keep_scale, BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT, PRECISION,
+                keep_scale, BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT,
             )  # fmt: skip
 
     mask = offs_n[:, None] < Tk
@@ -301,7 +301,7 @@ def _dq_block(
     dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left,
     right, qk_scale, seed, bh, threshold, keep_scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -309,19 +309,19 @@ def _dq_block(
     end = Tk - start_n
     k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
     v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     p = tl.math.exp2(tl.fma(s, qk_scale, -lse2[:, None]))
     if MASKED:
         n = start_n + offs_n
         see = (n[None, :] < Tk) & (n[None, :] <= (t_m + right)[:, None])
         see &= n[None, :] >= (t_m - left)[:, None]
         p = tl.where(see, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     if DROPOUT:
         keep = kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "left", "right", "threshold"])
@@ -331,7 +331,7 @@ def _dq_kernel(
     stride_vh, stride_db, stride_dt, stride_dh,
     Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -364,14 +364,14 @@ def _dq_kernel(
         dq = _dq_block(
             dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m,
             Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
-            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, PRECISION,
+            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT,
         )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
         dq = _dq_block(
             dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m,
             Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, PRECISION,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT,
         )  # fmt: skip
 
     mask = offs_m[:, None] < Tq
@@ -408,7 +408,6 @@ def _common(
         "BLOCK_D": block_d,
         "PAD_D": block_d != D,
         "DROPOUT": dropout_p > 0.0,
-        "PRECISION": dot_precision(q.dtype),
     }
 
 

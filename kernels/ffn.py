@@ -8,7 +8,7 @@ The product that makes pre adds the bias and applies f as it leaves the register
 makes dact multiplies by f', makes act again and sums its columns for db1: per block of rows one
 float32 partial sum, added by a second kernel, so no atomics. The other products are the vendor's.
 
-    gelu_tanh: f(u) = u S, S = sigmoid(2 z), z = sqrt(2/pi) (u + 0.044715 u^3)   [1/2 (1 + tanh z) = S]
+    gelu_tanh: f(u) = u S, S = 1/2 (1 + tanh z) = sigmoid(2 z), z = sqrt(2/pi) (u + 0.044715 u^3)
                f'(u) = S + u S (1 - S) 2 z'
     gelu:      f(u) = u P(u), f'(u) = P(u) + u p(u), P and p of the normal distribution
     relu:      f(u) = max(0, u), f'(u) = [u > 0]
@@ -77,33 +77,39 @@ def _act_and_grad(u, ACT: tl.constexpr):
 
 @triton.jit
 def _product(
-    a_ptr, b_ptr, rows, cols, stride_a, stride_bn, stride_bk, K,
+    a_ptr, b_ptr, start_m, start_n, stride_a, stride_b, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, B_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """a (.., K) times b over K for the given rows and columns, in float32 [BLOCK_M, BLOCK_N].
+    """One tile of the product of a (M, K) and b over K, in float32 [BLOCK_M, BLOCK_N].
 
-    b is (N, K) with K contiguous, read transposed, if B_ROWS; else (K, N) with N contiguous.
+    b is (N, K), read transposed, if B_ROWS; else (K, N). Rows and columns beyond the edge read the
+    last one again, so that the loop needs no mask.
     """
     offs_k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + rows[:, None].to(tl.int64) * stride_a + offs_k[None, :]
+    offs_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - start_m)
+    offs_n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - start_n)
+    a_ptr += start_m.to(tl.int64) * stride_a
+    a_offs = offs_m[:, None] * stride_a + offs_k[None, :]
     if B_ROWS:
-        b_ptrs = b_ptr + cols[:, None].to(tl.int64) * stride_bn + offs_k[None, :]
+        b_ptr += start_n.to(tl.int64) * stride_b
+        b_offs = offs_n[:, None] * stride_b + offs_k[None, :]
     else:
-        b_ptrs = b_ptr + offs_k[:, None].to(tl.int64) * stride_bk + cols[None, :]
+        b_ptr += start_n
+        b_offs = offs_k[:, None] * stride_b + offs_n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for _ in tl.range(0, K // BLOCK_K):
-        a = tl.load(a_ptrs)
-        b = tl.load(b_ptrs)
+        a = tl.load(a_ptr + a_offs)
+        b = tl.load(b_ptr + b_offs)
         acc = tl.dot(a, tl.trans(b) if B_ROWS else b, acc)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K if B_ROWS else BLOCK_K * stride_bk
+        a_ptr += BLOCK_K
+        b_ptr += BLOCK_K if B_ROWS else BLOCK_K * stride_b
     rest = K % BLOCK_K
     if rest > 0:
-        a = tl.load(a_ptrs, mask=offs_k[None, :] < rest, other=0.0)
+        a = tl.load(a_ptr + a_offs, mask=offs_k[None, :] < rest, other=0.0)
         if B_ROWS:
-            b = tl.trans(tl.load(b_ptrs, mask=offs_k[None, :] < rest, other=0.0))
+            b = tl.trans(tl.load(b_ptr + b_offs, mask=offs_k[None, :] < rest, other=0.0))
         else:
-            b = tl.load(b_ptrs, mask=offs_k[:, None] < rest, other=0.0)
+            b = tl.load(b_ptr + b_offs, mask=offs_k[:, None] < rest, other=0.0)
         acc = tl.dot(a, b, acc)
     return acc
 
@@ -129,9 +135,8 @@ def _up_kernel(
     block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows and columns beyond the edge read the last one again: no mask in the loop.
     pre = _product(
-        x_ptr, w_ptr, tl.minimum(rows, M - 1), tl.minimum(cols, N - 1), stride_x, stride_w, 1, K,
+        x_ptr, w_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_x, stride_w, M, N, K,
         BLOCK_M, BLOCK_N, BLOCK_K, True,
     )  # fmt: skip
     if HAS_BIAS:
@@ -155,7 +160,7 @@ def _dact_kernel(
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dact = _product(
-        dy_ptr, w_ptr, tl.minimum(rows, M - 1), tl.minimum(cols, N - 1), stride_dy, 1, stride_w, K,
+        dy_ptr, w_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_dy, stride_w, M, N, K,
         BLOCK_M, BLOCK_N, BLOCK_K, False,
     )  # fmt: skip
     mask = (rows[:, None] < M) & (cols[None, :] < N)

@@ -269,7 +269,7 @@ def layer_norm_bwd(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
     rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of y and h, either possibly None -> dx, dresidual or empty, dweight, dbias or empty."""
+    """Gradients of y and h, either None -> dx, dresidual or empty, dweight, dbias or empty."""
     h_rows = _rows(h)
     M, N = h_rows.shape
     dy_rows = torch.zeros((1, N), dtype=h.dtype, device=h.device).expand(M, N)

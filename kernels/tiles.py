@@ -58,7 +58,7 @@ def chip() -> str:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
-        return "gfx950" if target.arch == "gfx950" else "gfx942"
+        return "gfx9"
     arch = int(target.arch)
     if arch in (80, 87):
         return "sm_80"
@@ -74,30 +74,85 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 matrices are multiplied: as torch.set_float32_matmul_precision says."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "ieee" if chip().startswith("gfx") else "tf32"
-
-
 def padded_head_dim(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
+# Per chip and padded head dim up to that key: queries x keys of forward, dk/dv and dq, in 16-bit
+# dtypes. Dropout keeps a tile of random bits as well; where that spills, its own row follows.
+_ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
+    "sm_80": {
+        64: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 64, 8, 3)),
+    },
+    "sm_86": {
+        64: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 64, 8, 2)),
+    },
+    "sm_90": {
+        64: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+    },
+    "sm_100": {
+        64: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+    },
+    "sm_120": {
+        64: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 32, 8, 3)),
+    },
+    "gfx9": {
+        64: (Tile(128, 64, 4, 1), Tile(64, 128, 8, 1), Tile(128, 64, 8, 1)),
+        128: (Tile(128, 64, 4, 1), Tile(32, 128, 8, 1), Tile(128, 32, 8, 1)),
+    },
+}
+_ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
+    "sm_80": {128: (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 3))},
+    "sm_86": {128: (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 2))},
+    "sm_90": {64: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3))},
+    "sm_100": {
+        64: (Tile(128, 32, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 32, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+    },
+    "sm_120": {
+        64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(16, 32, 2, 3), Tile(128, 32, 8, 3)),
+    },
+    "gfx9": {64: (Tile(128, 64, 4, 1), Tile(32, 128, 8, 1), Tile(128, 64, 8, 1))},
+}
+# Head dims of 136 to 256, any chip. Backward spills: two accumulators of 256 columns a key.
+_ATTENTION_WIDE = (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2))
+# float32, any chip: products on the plain FMA units, since TF32 would round the inputs.
+_ATTENTION_FLOAT32 = {
+    64: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+    128: (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1)),
+    256: (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)),
+}
+
+
 def attention_tiles(dtype: torch.dtype, block_d: int, dropout: bool) -> AttentionTiles:
-    if chip() == "interpreter":
-        t = Tile(32, 16, 4, 1)
-        return AttentionTiles(t, t, Tile(16, 32, 4, 1), t)
-    t = Tile(64, 64, 4, 2)
-    return AttentionTiles(t, t, t, t)
+    """Tiles of the attention kernels for a head dim padded to block_d."""
+    where = chip()
+    if where == "interpreter":
+        fwd, dkdv, dq = Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)
+    elif dtype == torch.float32:
+        fwd, dkdv, dq = _ATTENTION_FLOAT32[max(64, block_d)]
+    elif block_d > 128:
+        fwd, dkdv, dq = _ATTENTION_WIDE
+    else:
+        at = max(64, block_d)
+        rows = _ATTENTION[where]
+        fwd, dkdv, dq = (_ATTENTION_DROPOUT[where] if dropout else rows).get(at, rows[at])
+    return AttentionTiles(fwd, Tile(64, 64, 4, 1), dkdv, dq)
 
 
 def programs(x: Tensor, num_warps: int) -> int:
     """How many programs walk over rows side by side: enough for 16 warps on each multiprocessor."""
     if not x.is_cuda:
         return 4
-    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(1, 16 // num_warps)
+    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(
+        1, 16 // num_warps
+    )
 
 
 def layer_norm_tile(N: int, backward: bool = False) -> Tile:

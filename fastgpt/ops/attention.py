@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, repeat
+from einops import einsum, reduce, repeat
 from torch import Tensor
 
 from fastgpt.ops import backend
@@ -51,6 +51,33 @@ def _ref(
     return o, s.logsumexp(-1).masked_fill(~some[:, 0], float("-inf"))
 
 
+def _ref_bwd(
+    do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
+    scale: float, left: int, right: int, p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of _ref written out, as ops below autograd need it: the kernels' formulas."""
+    g = q.shape[2] // k.shape[2]
+    wide = lse.dtype
+    qw, kw, vw = q.to(wide), *(repeat(t.to(wide), "b t h d -> b t (h g) d", g=g) for t in (k, v))
+    s = einsum(qw, kw, "b i h d, b j h d -> b h i j") * scale
+    see = visible(q.shape[1], k.shape[1], left, right, q.device)
+    w = torch.where(see, torch.exp(s - lse[..., None]), 0.0)
+    dow = torch.zeros_like(qw) if do is None else do.to(wide)
+    dw = einsum(dow, vw, "b i h d, b j h d -> b h i j")
+    kept = w
+    if p > 0.0 and seed is not None:
+        keep = dropout_mask(seed, tuple(w.shape), p) / (1.0 - p)
+        kept, dw = w * keep, dw * keep
+    delta = (w * dw).sum(-1, keepdim=True)
+    ds = w * (dw - delta if dlse is None else dw - delta + dlse.to(wide)[..., None]) * scale
+    dq = einsum(ds, kw, "b h i j, b j h d -> b i h d")
+    dk = reduce(einsum(ds, qw, "b h i j, b i h d -> b j h d"), "b j (h g) d -> b j h d", "sum", g=g)
+    dv = reduce(
+        einsum(kept, dow, "b h i j, b i h d -> b j h d"), "b j (h g) d -> b j h d", "sum", g=g
+    )
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+
+
 def attention_ref(
     q: Tensor,
     k: Tensor,
@@ -76,7 +103,9 @@ def _plain(
     """Plain PyTorch: its own fused attention where that has the same meaning."""
     Tq, Tk = q.shape[1], k.shape[1]
     bounded = left >= 0 or right >= 0
-    if return_lse or (p > 0.0 and seed is not None) or (Tq > Tk and bounded) or q.numel() == 0:
+    # torch fills hidden scores with -inf before it scales them: NaN unless the scale is positive.
+    unlike = (Tq > Tk and bounded) or scale <= 0.0 or q.numel() == 0
+    if return_lse or unlike or (p > 0.0 and seed is not None):
         return _ref(q, k, v, scale, left, right, p, seed)
     causal = left < 0 and right == 0 and Tq == Tk
     mask = None
@@ -132,15 +161,7 @@ def _attention_bwd(
         from fastgpt.kernels.attention import attention_bwd
 
         return attention_bwd(do, dlse, q, k, v, o, lse, scale, left, right, dropout_p, seed)
-    leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
-    grads = backend.differentiable_grads(
-        lambda q, k, v: _ref(q, k, v, scale, left, right, dropout_p, seed),
-        leaves, (True,) * 3, (do, dlse),
-    )  # fmt: skip
-    dq, dk, dv = (
-        torch.zeros_like(t) if g is None else g.detach() for t, g in zip(leaves, grads, strict=True)
-    )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return _ref_bwd(do, dlse, q, k, v, lse, scale, left, right, dropout_p, seed)
 
 
 @torch.library.register_fake("fastgpt::attention_bwd")

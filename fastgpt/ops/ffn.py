@@ -83,15 +83,18 @@ def _ffn_bwd(
 
         return ffn_bwd(dy, x, w1, w2, pre, act, activation, needs)
     none = x.new_empty(0)
-    with torch.enable_grad():
-        leaf = pre.detach().requires_grad_()
-        made = activate(leaf, activation)
-    (dpre,) = torch.autograd.grad(made, leaf, dy @ w2)
+    dact = dy @ w2
+    if activation == "relu":
+        dpre = torch.ops.aten.threshold_backward(dact, pre, 0)
+    else:
+        how = "tanh" if activation == "gelu_tanh" else "none"
+        dpre = torch.ops.aten.gelu_backward(dact, pre, approximate=how)
+    made = activate(pre, activation) if act.numel() == 0 else act
     return (
         dpre @ w1 if needs[0] else none,
         dpre.T @ x if needs[1] else none.clone(),
         dpre.sum(0) if needs[2] else none.clone(),
-        dy.T @ made.detach() if needs[3] else none.clone(),
+        dy.T @ made if needs[3] else none.clone(),
         dy.sum(0) if needs[4] else none.clone(),
     )
 

@@ -1,0 +1,124 @@
+"""Three ways to run the tests marked gpu, unchanged: on a GPU, under the sanitizer, interpreted.
+
+    pytest -m gpu                               # where there is a GPU
+    python -m ttsem.sanitize pytest -m gpu      # bounds, races, uninitialised reads; on a CPU
+    TRITON_INTERPRET=1 pytest -m gpu            # Triton's interpreter; on a CPU, no bfloat16
+
+In each of them a gpu test that launches no kernel fails: the reference path proves nothing there.
+With --every-kernel the run fails unless every kernel of fastgpt was launched.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastgpt.ops.backend import INTERPRET
+
+ROOT = Path(__file__).parent.parent
+HAS_CUDA = torch.cuda.is_available()  # true under the sanitizer as well
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+
+settings.register_profile(
+    "fastgpt",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastgpt")
+
+launched: Counter[str] = Counter()
+
+
+def all_kernels() -> set[str]:
+    """Names of the kernels that kernels/ defines."""
+    pattern = re.compile(r"^def (_\w+_kernel)\(", re.M)
+    return {
+        name for f in (ROOT / "kernels").glob("*.py") for name in pattern.findall(f.read_text())
+    }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-kernel", action="store_true", help="fail unless each kernel ran")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not (HAS_CUDA or INTERPRET):
+        return
+    from triton.runtime.jit import KernelInterface
+
+    get = KernelInterface.__getitem__
+
+    def counted(self: Any, grid: Any) -> Any:
+        launched[self.fn.__name__] += 1
+        return get(self, grid)
+
+    KernelInterface.__getitem__ = counted  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA or INTERPRET:
+        return
+    why = "needs a GPU, python -m ttsem.sanitize, or TRITON_INTERPRET=1"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if HAS_CUDA else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def proof(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A gpu test runs on poisoned memory (torch.empty gives NaN) and must launch a kernel."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    before = launched.total()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert launched.total() > before, "no kernel was launched: this test proves nothing here"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launched"] = dict(launched)
+    elif session.config.getoption("--every-kernel") and all_kernels() - set(launched):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not launched:
+        return
+    mode = "Triton's interpreter" if INTERPRET else torch.cuda.get_device_name()
+    counts = ", ".join(f"{name} {n}" for name, n in sorted(launched.items()))
+    terminalreporter.write_line(f"kernel launches ({mode}): {counts}")
+    if config.getoption("--every-kernel") and (missing := all_kernels() - set(launched)):
+        terminalreporter.write_line(f"NEVER LAUNCHED: {', '.join(sorted(missing))}", red=True)
+
+
+class CollectLaunches:
+    """Adds up what the workers of pytest-xdist launched."""
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        launched.update(getattr(node, "workeroutput", {}).get("launched", {}))
+
+
+def pytest_plugin_registered(plugin: Any, manager: pytest.PytestPluginManager) -> None:
+    if type(plugin).__name__ == "DSession" and not manager.has_plugin("collect-launches"):
+        manager.register(CollectLaunches(), "collect-launches")

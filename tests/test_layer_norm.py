@@ -1,0 +1,339 @@
+"""layer_norm: specification, PyTorch path, kernels, registered ops, errors."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastgpt
+from fastgpt.ops import dropout_mask, layer_norm, layer_norm_ref
+from fastgpt.ops.layer_norm import LayerNormFunction
+from tests.check import assert_matches
+from tests.conftest import DTYPES, INTERPRET
+
+
+def inputs(
+    *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", bias: bool = True,
+    residual: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    x = {"x": torch.randn(shape, dtype=dtype, device=device) * 2 + 1}
+    x["weight"] = torch.randn(shape[-1], dtype=dtype, device=device)
+    if bias:
+        x["bias"] = torch.randn(shape[-1], dtype=dtype, device=device)
+    if residual:
+        x["residual"] = torch.randn(shape, dtype=dtype, device=device)
+    return x
+
+
+def kernel(**kwargs: Any) -> Any:
+    def op(**x: Tensor) -> Any:
+        with fastgpt.use("triton"):
+            return layer_norm(**x, **kwargs)
+
+    return op
+
+
+def joined(op: Any) -> Any:
+    """(y, h) as one tensor, so that both carry gradient."""
+    return lambda **x: torch.stack(op(**x))
+
+
+# ------------------------------------------------------------------ the specification
+
+
+def test_reference_is_torchs_layer_norm() -> None:
+    x = inputs(2, 3, 17, dtype=torch.float64)
+    want = F.layer_norm(x["x"], (17,), x["weight"], x["bias"], 1e-5)
+    assert torch.allclose(layer_norm_ref(**x), want, atol=1e-12)
+
+
+def test_residual_is_added_first_and_returned() -> None:
+    x = inputs(4, 9, residual=True)
+    y, h = layer_norm(**x)
+    assert torch.equal(h, x["x"] + x["residual"])
+    assert torch.equal(y, layer_norm(h, x["weight"], x["bias"]))
+
+
+def test_the_stream_keeps_its_dtype_and_the_branch_its_own() -> None:
+    x = inputs(4, 9)
+    y, h = layer_norm(**x | {"x": x["x"].bfloat16()}, residual=torch.randn(4, 9))
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+
+
+@given(rows=st.integers(1, 5), N=st.integers(1, 40), bias=st.booleans(), residual=st.booleans())
+def test_plain_path_is_the_specification(rows: int, N: int, bias: bool, residual: bool) -> None:
+    x = inputs(rows, N, dtype=torch.float64, bias=bias, residual=residual)
+    with fastgpt.use("reference"):
+        got, want = layer_norm(**x), layer_norm_ref(**x)
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g, w, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.filterwarnings("ignore:Input #")
+def test_gradcheck(dtype: torch.dtype) -> None:
+    loose = {"eps": 1e-2, "atol": 5e-2, "rtol": 5e-2}
+    x = inputs(3, 5, dtype=dtype, residual=True)
+    seed = torch.tensor([9])
+
+    def f(*tensors: Tensor) -> Any:
+        return layer_norm_ref(**dict(zip(x, tensors, strict=True)), dropout_p=0.3, seed=seed)
+
+    leaves = [t.requires_grad_() for t in x.values()]
+    assert torch.autograd.gradcheck(f, leaves, **({} if dtype == torch.float64 else loose))
+
+
+# ------------------------------------------------------------------ the kernels
+
+# In the interpreter the widest row in registers is 128 columns, on a GPU and its double 8192.
+SHAPES = [(1, 1), (3, 7), (2, 3, 128), (5, 127), (9, 129), (37, 96), (4, 300), (3, 768)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_matches(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    assert_matches(kernel(), layer_norm_ref, inputs(*shape, dtype=dtype, device=device))
+    x = inputs(*shape, dtype=dtype, device=device, bias=False)
+    assert_matches(kernel(eps=1e-2), partial(layer_norm_ref, eps=1e-2), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(5, 33), (3, 300)], ids=str)
+def test_kernel_matches_with_residual(
+    shape: tuple[int, ...], dropout_p: float, dtype: torch.dtype, device: str
+) -> None:
+    x = inputs(*shape, dtype=dtype, device=device, residual=True)
+    kwargs: dict[str, Any] = {"dropout_p": dropout_p}
+    if dropout_p:
+        kwargs["seed"] = torch.tensor([2**35 + 1], device=device)
+    assert_matches(joined(kernel(**kwargs)), joined(partial(layer_norm_ref, **kwargs)), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_kernel_matches_on_rows_wider_than_registers(dropout_p: float, device: str) -> None:
+    x = inputs(2, 8200, device=device, residual=True)
+    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([4], device=device)}
+    assert_matches(joined(kernel(**kwargs)), joined(partial(layer_norm_ref, **kwargs)), x)
+
+
+@pytest.mark.gpu
+def test_half_branch_into_float_stream(device: str) -> None:
+    """As under autocast: x of 16 bits, residual, weight and bias of 32."""
+    half = DTYPES[-1]
+    x = {"x": torch.randn(6, 40, device=device).to(half)}
+    x |= {n: t for n, t in inputs(6, 40, device=device, residual=True).items() if n != "x"}
+    leaves = {n: t.clone().requires_grad_() for n, t in x.items()}
+    y, h = kernel(dropout_p=0.2, seed=torch.tensor([1], device=device))(**leaves)
+    assert y.dtype == half and h.dtype == torch.float32
+    (y.float() * 3 + h).sum().backward()
+    ref = {n: t.clone().requires_grad_() for n, t in x.items()}
+    y2, h2 = layer_norm_ref(**ref, dropout_p=0.2, seed=torch.tensor([1], device=device))
+    (y2.float() * 3 + h2).sum().backward()
+    assert torch.allclose(h, h2, atol=3e-2 if half == torch.bfloat16 else 5e-3)
+    for name, t in leaves.items():
+        assert t.grad is not None and t.grad.dtype == t.dtype, name
+        assert torch.allclose(t.grad, ref[name].grad, atol=3e-2, rtol=1e-2), name
+
+
+@pytest.mark.gpu
+@settings(max_examples=15 if INTERPRET else 6)
+@given(data=st.data())
+def test_kernel_matches_on_any_shape_and_strides(data: st.DataObject, device: str) -> None:
+    draw = data.draw
+    shape = (*draw(st.lists(st.integers(1, 4), max_size=2)), draw(st.integers(1, 9)),
+             draw(st.integers(1, 200)))  # fmt: skip
+    dtype = draw(st.sampled_from(DTYPES))
+    residual = draw(st.booleans())
+    x = inputs(*shape, dtype=dtype, device=device, bias=draw(st.booleans()), residual=residual)
+    for name in ("x", "residual"):
+        if name not in x:
+            continue
+        how = draw(st.sampled_from(["contiguous", "sliced", "N not contiguous", "rows reversed"]))
+        if how == "sliced":
+            x[name] = torch.cat([x[name]] * 2, -1)[..., 1 : 1 + shape[-1]]
+        elif how == "N not contiguous":
+            x[name] = x[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+        elif how == "rows reversed" and len(shape) > 2:
+            x[name] = x[name].transpose(0, 1).contiguous().transpose(0, 1)
+    op, ref = (joined(kernel()), joined(layer_norm_ref)) if residual else (kernel(), layer_norm_ref)
+    assert_matches(op, ref, x)
+
+
+@pytest.mark.gpu
+def test_expanded_input_and_gradient(device: str) -> None:
+    row = torch.randn(1, 24, device=device, requires_grad=True)
+    w = torch.randn(24, device=device, requires_grad=True)
+    got = torch.autograd.grad(kernel()(x=row.expand(6, 24), weight=w).sum(), [row, w])
+    want = torch.autograd.grad(layer_norm_ref(row.expand(6, 24), w).sum(), [row, w])
+    for g, e in zip(got, want, strict=True):
+        assert torch.allclose(g, e, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_statistics_are_float32_where_the_mean_is_large(device: str) -> None:
+    half = DTYPES[-1]
+    x = (torch.randn(4, 64, device=device) + 30).to(half)
+    weight = torch.ones(64, dtype=half, device=device)
+    assert_matches(kernel(), layer_norm_ref, {"x": x, "weight": weight})
+
+
+@pytest.mark.gpu
+def test_only_the_stream_carries_gradient(device: str) -> None:
+    x = {n: t.requires_grad_() for n, t in inputs(3, 16, device=device, residual=True).items()}
+    _, h = kernel()(**x)
+    got = torch.autograd.grad(h.sum(), [x["x"], x["residual"]])
+    assert all((g == 1).all() for g in got)
+
+
+@pytest.mark.gpu
+def test_second_derivative_is_that_of_the_reference(device: str) -> None:
+    def penalty(op: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        x = {n: t.requires_grad_() for n, t in inputs(3, 8, device=device, residual=True).items()}
+        y, h = op(**x)
+        loss = (y.sin() * h).sum()
+        grads = torch.autograd.grad(loss, list(x.values()), create_graph=True)
+        return list(torch.autograd.grad(
+            sum((g.square().sum() for g in grads), torch.zeros((), device=device)),
+            [x["x"], x["residual"], x["weight"]],
+        ))  # fmt: skip
+
+    for got, want in zip(penalty(kernel()), penalty(layer_norm_ref), strict=True):
+        assert torch.allclose(got, want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_shift_of_a_row_changes_nothing(device: str) -> None:
+    x = inputs(3, 50, device=device)
+    shifted = x | {"x": x["x"] + 100.0}
+    assert torch.allclose(kernel()(**shifted), kernel()(**x), atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_twice(device: str) -> None:
+    x = {n: t.requires_grad_() for n, t in inputs(70, 40, device=device).items()}
+
+    def once() -> tuple[Tensor, ...]:
+        y = kernel()(**x)
+        return (y, *torch.autograd.grad(y.square().sum(), list(x.values())))
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+@pytest.mark.gpu
+def test_empty(device: str) -> None:
+    kernel()(**inputs(1, 3, device=device))  # the proof that kernels run in this mode
+    x = {n: t.requires_grad_() for n, t in inputs(0, 6, device=device).items()}
+    y = kernel()(**x)
+    grads = torch.autograd.grad(y.sum(), list(x.values()))
+    assert y.shape == (0, 6) and (grads[1] == 0).all() and (grads[2] == 0).all()
+
+
+@pytest.mark.gpu
+def test_dropout_drops_the_elements_its_mask_says(device: str) -> None:
+    x = inputs(7, 40, device=device) | {"x": torch.ones(7, 40, device=device)}
+    seed = torch.tensor([3], device=device)
+    _, h = kernel(residual=torch.zeros(7, 40, device=device), dropout_p=0.25, seed=seed)(**x)
+    assert torch.allclose(h, dropout_mask(seed, (7, 40), 0.25) / 0.75)
+
+
+# ------------------------------------------------------------------ the registered ops
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(residual: bool, dropout_p: float, bias: bool) -> None:
+    if dropout_p and not residual:
+        return
+    seed = torch.tensor([5]) if dropout_p else None
+    x = inputs(2, 3, 8, bias=bias, residual=residual)
+    res = x.get("residual")
+    args = (x["x"], res, x["weight"], x.get("bias"), 1e-5, dropout_p, seed)
+    torch.library.opcheck(torch.ops.fastgpt.layer_norm_fwd, args)
+    y, h, mean, rstd = torch.ops.fastgpt.layer_norm_fwd(*args)
+    h = h if residual else x["x"]
+    dh = torch.randn_like(h) if residual else None
+    back = (torch.randn_like(y), dh, h, x["weight"], bias, mean, rstd, dropout_p, seed, y.dtype)
+    torch.library.opcheck(torch.ops.fastgpt.layer_norm_bwd, back)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_function_gradcheck_and_double_backward(dropout_p: float) -> None:
+    x = [t.requires_grad_() for t in inputs(3, 4, dtype=torch.float64, residual=True).values()]
+    seed = torch.tensor([2]) if dropout_p else None
+
+    def f(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Any:
+        return LayerNormFunction.apply(x, r, w, b, 1e-5, dropout_p, seed)
+
+    assert torch.autograd.gradcheck(f, x)
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+def test_compiles_to_one_graph_for_three_row_counts() -> None:
+    graphs = 0
+
+    def count(gm: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return gm.forward
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return LayerNormFunction.apply(x, x, weight, bias, 1e-5, 0.0, None)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=count)
+    for rows in (3, 5, 8):
+        x = inputs(rows, 16)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(**x), f(**x), strict=True))
+    assert graphs == 1
+
+
+def test_compiled_gradients_are_the_eager_ones() -> None:
+    torch._dynamo.reset()
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        y, h = LayerNormFunction.apply(x, residual, weight, bias, 1e-5, 0.0, None)
+        return y.square().sum() + h.sin().sum()
+
+    x = [t.requires_grad_() for t in inputs(4, 16, residual=True).values()]
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*x), x)
+    for g, w in zip(got, torch.autograd.grad(loss(*x), x), strict=True):
+        assert torch.allclose(g, w, atol=1e-5)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def test_rejects() -> None:
+    x, w = torch.zeros(2, 3, 8), torch.zeros(8)
+    for args, kwargs, rule in [
+        (
+            (x, torch.zeros(7)),
+            {},
+            r"weight must be \(8,\), the last dimension of x; got weight \(7,",
+        ),
+        ((x, w, torch.zeros(1)), {}, r"bias must be \(8,\)"),
+        ((x, w), {"residual": torch.zeros(3, 8)}, "residual must have x's shape; got residual"),
+        ((x, w), {"dropout_p": 0.1}, "dropout_p needs residual"),
+        ((x, w), {"residual": x, "dropout_p": 1.5}, r"dropout_p must lie in \[0, 1\); got 1.5"),
+        ((torch.zeros(3, 0), torch.zeros(0)), {}, "last dimension of at least 1"),
+        ((x, w.to("meta")), {}, "on one device; got x cpu, weight meta"),
+    ]:
+        with pytest.raises(ValueError, match=f"layer_norm: .*{rule}"):
+            layer_norm(*args, **kwargs)
+    with pytest.raises(
+        TypeError, match=r"layer_norm: x must have a floating dtype; got torch\.int64"
+    ):
+        layer_norm(x.long(), w)
+    with pytest.raises(TypeError, match="weight and bias must have one dtype"):
+        layer_norm(x, w, w.half())

@@ -1,0 +1,123 @@
+"""The layers against torch's own, and against the formulas written out."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fastgpt import ops
+from fastgpt.layers import MLP, Block, CausalSelfAttention, KVCache, LayerNorm
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    rows=st.lists(st.integers(1, 4), max_size=2),
+    affine=st.booleans(),
+    bias=st.booleans(),
+)
+def test_layer_norm_is_a_drop_in(
+    shape: list[int], rows: list[int], affine: bool, bias: bool
+) -> None:
+    theirs = nn.LayerNorm(shape, eps=1e-3, elementwise_affine=affine, bias=bias)
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    ours = LayerNorm(shape, eps=1e-3, elementwise_affine=affine, bias=bias)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(*rows, *shape)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_layer_norm_without_bias_has_no_bias_parameter() -> None:
+    assert [name for name, _ in LayerNorm(8, bias=False).named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 4)], ids=str)
+def test_layer_norm_adds_the_residual(shape: tuple[int, ...]) -> None:
+    norm = LayerNorm(shape)
+    x, residual = torch.randn(2, 5, *shape), torch.randn(2, 5, *shape)
+    y, h = norm(x, residual)
+    assert torch.equal(h, residual + x)
+    torch.testing.assert_close(y, F.layer_norm(residual + x, shape, norm.weight, norm.bias))
+
+
+def test_layer_norm_rejects_another_width() -> None:
+    with pytest.raises(ValueError, match=r"^LayerNorm: x must end in \(8,\); got x \(2, 7\)$"):
+        LayerNorm(8)(torch.randn(2, 7))
+
+
+def test_attention_is_the_formula() -> None:
+    B, T, H, D = 2, 7, 3, 8
+    attn = CausalSelfAttention(H * D, H).double()
+    x = torch.randn(B, T, H * D, dtype=torch.float64)
+    q, k, v = attn.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    s = q @ k.mT / math.sqrt(D)
+    w = s.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+    torch.testing.assert_close(w.sum(-1), torch.ones(B, H, T, dtype=torch.float64))
+    torch.testing.assert_close(attn(x), attn.c_proj((w @ v).transpose(1, 2).reshape(B, T, -1)))
+
+
+def test_attention_reads_the_packed_projection_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    attention = ops.attention
+
+    def spy(*args: torch.Tensor, **kwargs: float) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        seen.extend(args)
+        return attention(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "attention", spy)
+    CausalSelfAttention(32, 2)(torch.randn(2, 5, 32))
+    assert len(seen) == 3
+    assert len({t.untyped_storage().data_ptr() for t in seen}) == 1
+    assert all(t.shape == (2, 5, 2, 16) and t.stride() == (480, 96, 16, 1) for t in seen)
+
+
+def test_attention_rejects_heads_that_do_not_divide_the_width() -> None:
+    with pytest.raises(ValueError, match=r"^CausalSelfAttention: n_embd must be a multiple"):
+        CausalSelfAttention(30, 4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp_is_the_formula(bias: bool) -> None:
+    mlp = MLP(16, bias)
+    x = torch.randn(2, 3, 16)
+    u = mlp.c_fc(x)
+    gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    torch.testing.assert_close(mlp(x), mlp.c_proj(gelu))
+    assert (mlp.c_fc.bias is None) is not bias
+
+
+def test_block_is_the_textbook_block() -> None:
+    block = Block(32, 2).double()
+    h = torch.randn(2, 5, 32, dtype=torch.float64)
+    before = torch.randn(2, 5, 32, dtype=torch.float64)  # a branch that waits to be added
+    want = h + before
+    want = want + block.attn(block.ln_1(want))
+    want = want + block.mlp(block.ln_2(want))
+    branch, stream = block(before, h)
+    torch.testing.assert_close(stream + branch, want)
+    branch, stream = block(None, h + before)
+    torch.testing.assert_close(stream + branch, want)
+
+
+def test_block_drops_out_in_training_only() -> None:
+    block = Block(32, 2, dropout=0.5)
+    x, h = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        first, second = block(x, h)[1], block(x, h)[1]
+        assert not torch.equal(first, second)
+        block.eval()
+        assert torch.equal(block(x, h)[1], block(x, h)[1])
+
+
+def test_cache_rejects_more_than_its_room() -> None:
+    cache = KVCache(1, 2, 4, 1, 8)
+    k = torch.randn(2, 5, 1, 8)
+    with pytest.raises(ValueError, match=r"^KVCache: room is for 2 rows of 4 positions; got 2"):
+        cache.extend(0, k, k)
+    with pytest.raises(ValueError, match=r"got 3 rows"):
+        cache.extend(0, torch.randn(3, 1, 1, 8), torch.randn(3, 1, 1, 8))

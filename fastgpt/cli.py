@@ -110,15 +110,17 @@ def _train(argv: list[str]) -> int:
     )
     parser.add_argument("--config", action="config", help="YAML file of these options")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
+    parser.add_class_arguments(TrainConfig, skip={"data"})
+    # --n-layer is --n_layer, as the other commands write their options.
+    argv = [_underscored(word) if word.startswith("--") else word for word in argv]
     try:
-        args = parser.parse_args(argv)
-        options = parser.instantiate_classes(args).as_dict()
+        options = parser.parse_args(argv).as_dict()
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise ValueError(f"fastgpt train: {error}; see fastgpt train --help") from None
     options.pop("config")
     resume = options.pop("resume")
-    config = TrainConfig(**options)
+    config = TrainConfig(**options | {"data": tuple(options["data"])})
     trainer = train(config, resume)
     folder = checkpoint.find(config.out)
     if trainer.done:
@@ -126,6 +128,11 @@ def _train(argv: list[str]) -> int:
         return 0
     print(f"stopped after {trainer.steps_done} steps, checkpoint {folder}; --resume goes on")
     return STOPPED
+
+
+def _underscored(option: str) -> str:
+    name, equals, value = option[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _generate(argv: list[str]) -> int:

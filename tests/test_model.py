@@ -70,14 +70,9 @@ def test_matches_hugging_face() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=str)
-def test_kernels_train_as_the_reference_does(device: str, dropout: float) -> None:
-    model = small(dropout=dropout).to(device)
-    gold = small(dropout=dropout).to(device).double()
+def test_kernels_train_as_the_reference_does(device: str) -> None:
+    model, gold = small().to(device), small().to(device).double()
     gold.load_state_dict(model.state_dict())
-    if dropout:  # masks are drawn differently on the two paths
-        model.eval()
-        gold.eval()
     x, y = ids().to(device), ids().to(device)
     with fastgpt.use("triton"):
         model(x, y).backward()

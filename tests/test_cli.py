@@ -1,0 +1,353 @@
+"""The command line: it works, and bad input is one line, exit code 2, nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import cli
+from fastgpt.train import TrainConfig, Trainer, checkpoint, load
+from fastgpt.train.run import prepare
+
+TEXT = "\n\n".join(f"In year {n} a fox met {n * n} dogs; 白日依山尽 {n}." for n in range(300))
+SHAPE = [
+    "--vocab_size", "300", "--block_size", "16", "--n_layer", "1", "--n_head", "1", "--n_embd", "8",
+    "--batch_size", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = TrainConfig(vocab_size=300, block_size=16, n_layer=1, n_head=1, n_embd=8, device="cpu")
+    out = tmp_path_factory.mktemp("trained")
+    trainer = prepare(config, [TEXT])
+    trainer.step()
+    trainer.save(out, {})
+    return out
+
+
+@pytest.fixture
+def checkpoint_copy(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint.find(run_folder), tmp_path / "copy"))
+
+
+def command(*args: str, **options: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "fastgpt", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command that must be refused; return its one line."""
+    assert cli.main(args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+# --- what works -----------------------------------------------------------------------------------
+
+
+def test_train_then_generate(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = ["train", "--data", str(text), "--out", str(out), "--steps", "6", "--log_every", "2"]
+    made = command(*args, *SHAPE)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("done: 6 steps, checkpoint ")
+    assert "held-out loss" in made.stderr
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 6]
+
+    ask = ["generate", "--checkpoint", str(out), "--prompt", "狐", "--seed", "1"]
+    first, again = command(*ask), command(*ask)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("狐")
+    assert len(first.stdout) > 2
+    assert first.stdout == again.stdout
+
+
+def test_a_configuration_is_a_file(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = ["train", "--data", str(text), "--out", str(out), "--steps", "2", *SHAPE]
+    assert cli.main(args) == 0
+    again = tmp_path / "again"
+    assert cli.main(["train", "--config", str(out / "run.yaml"), "--out", str(again)]) == 0
+    a, b = load(out)[0].state_dict(), load(again)[0].state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert cli.main(["train", "--config", str(again / "run.yaml"), "--resume"]) == 0
+
+
+def test_several_files_are_trained_on(text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper(), encoding="utf-8")
+    out = tmp_path / "run"
+    args = ["train", "--data", str(text), str(other), "--out", str(out), "--steps", "1", *SHAPE]
+    assert cli.main(args) == 0
+    assert "FOX" in load(out)[1].decode(list(range(300)))
+
+
+def test_print_config_prints_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml  # type: ignore[import-untyped]
+
+    made = command("train", "--n-layer", "3", "--print_config")
+    assert made.returncode == 0
+    printed = yaml.safe_load(made.stdout)
+    assert printed["n_layer"] == 3
+    assert printed["lr"] == TrainConfig().lr
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["demo", "--help"], ["train", "-h"], ["generate", "-h"]]
+)
+def test_help_helps(args: list[str]) -> None:
+    made = command(*args)
+    assert made.returncode == 0
+    assert made.stdout.startswith("usage: fastgpt")
+    assert made.stderr == ""
+
+
+def test_samples_are_several_texts(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "--checkpoint", str(run_folder), "--seed", "3", "--max-new-tokens", "5"]
+    assert cli.main([*args, "--prompt", "ab", "--samples", "3"]) == 0
+    texts = capsys.readouterr().out.split("\n---\n")
+    assert len(texts) == len(set(texts)) == 3
+    assert all(t.startswith("ab") for t in texts)
+
+
+def test_greedy_needs_no_seed(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert cli.main(["generate", "--checkpoint", str(run_folder), "--temperature", "0"]) == 0
+    out = capsys.readouterr().out
+    half = len(out) // 2
+    assert out[:half] == out[half:] != ""
+
+
+def test_a_closed_pipe_is_no_error(run_folder: Path) -> None:
+    args = [sys.executable, "-m", "fastgpt", "generate", "--checkpoint", str(run_folder)]
+    process = subprocess.Popen(
+        [*args, "--prompt", "a", "--samples", "400", "--seed", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait(60) == cli.PIPE_CLOSED
+
+
+def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = ["train", "--data", str(text), "--out", str(out), "--steps", "100000", *SHAPE]
+    args += ["--log_every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastgpt", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    log = out / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.STOPPED
+    assert "Traceback" not in errors
+    assert said.startswith("stopped after ")
+    step = int(said.split()[2])
+    assert checkpoint.find(out).name == f"step-{step:08d}"
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    made = command("train", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path / "run"))
+    assert made.returncode == 2
+    assert made.stdout == ""
+    assert made.stderr.count("\n") == 1
+    assert made.stderr.startswith("file: ")
+    assert "Traceback" not in made.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "file: {path} cannot be used; no such file or directory"),
+        (b"", "text: {path} must hold some text; got 0 bytes of it"),
+        (b"ab\xffcd", "text: {path} must be UTF-8 text; got byte 0xff at offset 2"),
+        (b"\x89PNG\r\n\x1a\n\x00", "text: {path} must be UTF-8 text; got a zero byte at offset 8"),
+        (
+            b"Too short. " * 20,
+            "text: its training part must be longer than the context, block_size",
+        ),
+        (b"a", "split: a text must be long enough to hold some of it out; got 1 characters"),
+    ],
+    ids=["missing", "empty", "no UTF-8", "binary", "short", "one letter"],
+)
+def test_bad_text_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    content: bytes | None,
+    message: str,
+) -> None:
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    before = list(tmp_path.iterdir())
+    option = "--text" if command == "demo" else "--data"
+    line = refused(capsys, command, option, str(path), "--out", str(tmp_path / "new" / "run"))
+    assert line.startswith(message.format(path=path))
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_folder_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "demo", "--text", str(tmp_path), "--out", str(tmp_path / "run"))
+    assert line == f"file: {tmp_path} cannot be used; is a directory"
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_an_unwritable_folder_is_refused(
+    text: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    option = "--text" if command == "demo" else "--data"
+    args = [command, option, str(text), "--out", str(text / "run")]
+    line = refused(capsys, *args, *(SHAPE if command == "train" else []))
+    assert line == f"out: the folder must be writable; got {text / 'run'} (Not a directory)"
+    assert text.read_text(encoding="utf-8") == TEXT
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["fly"], "fastgpt: the command must be one of demo, train, generate; got 'fly'"),
+        (["demo", "--minutes", "x"], "fastgpt demo: argument --minutes: invalid float value: 'x'"),
+        (["demo", "--minutes", "0"], "train: max_seconds must be positive; got 0.0"),
+        (["demo", "--fast"], "fastgpt demo: unrecognized arguments: --fast"),
+        (["train"], "train: data must name at least one text file; got none"),
+        (["train", "--lr", "-1"], "train: lr must be positive; got -1.0"),
+        (["train", "--lr", "fast"], "fastgpt train: "),
+        (["train", "--speed", "1"], "fastgpt train: "),
+        (["train", "--config", "/none.yaml"], "fastgpt train: "),
+        (["train", "--device", "tpu9"], "train: the device must be one that is here; got 'tpu9'"),
+        (["train", "--resume", "--out", "/none"], "checkpoint: /none must be a checkpoint"),
+        (["generate"], "fastgpt generate: the following arguments are required: --checkpoint"),
+        (["generate", "--checkpoint", "/none"], "checkpoint: /none must be a checkpoint or hold"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_options_are_refused(
+    capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    assert refused(capsys, *args).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (
+            ["--prompt", "白日依山尽" * 9],
+            "generate: prompt and new tokens must fit the context, block",
+        ),
+        (
+            ["--max-new-tokens", "16"],
+            "generate: prompt and new tokens must fit the context, block_",
+        ),
+        (["--max-new-tokens", "-1"], "generate: max_new_tokens must not be negative; got -1"),
+        (["--temperature", "-1"], "generate: temperature must be 0 or more"),
+        (["--top-k", "0"], "generate: top_k must be at least 1; got 0"),
+        (["--top-p", "2"], "generate: top_p must lie in (0, 1]; got 2.0"),
+        (["--seed", "-5"], "generate: a seed must not be negative; got -5"),
+        (["--samples", "0"], "generate: samples must be at least 1; got 0"),
+        (["--device", "cuda:99"], "train: the device must be one that is here; got 'cuda:99'"),
+        (["--prompt", "a\udc80"], "tokenizer: text must be valid Unicode"),
+    ],
+    ids=lambda v: " ".join(v).encode("ascii", "replace").decode() if isinstance(v, list) else "",
+)
+def test_generate_refuses(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    line = refused(capsys, "generate", "--checkpoint", str(run_folder), *args)
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\x80\x04K\x01."], ids=str)
+def test_a_broken_checkpoint_is_refused(
+    checkpoint_copy: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
+) -> None:
+    (checkpoint_copy / name).unlink()
+    if content is not None:
+        (checkpoint_copy / name).write_bytes(content)
+    line = refused(capsys, "generate", "--checkpoint", str(checkpoint_copy))
+    assert line.startswith("checkpoint: ")
+    assert str(checkpoint_copy) in line
+
+
+def test_a_second_run_does_not_overwrite_the_first(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", "--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", *SHAPE]
+    assert cli.main(args) == 0
+    capsys.readouterr()
+    assert refused(capsys, *args).startswith("train: out must not hold a run, except to resume it")
+
+
+def test_a_full_disk_is_said(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    out = tmp_path / "run"
+    args = ["train", "--data", str(text), "--out", str(out), "--steps", "1", *SHAPE]
+    assert cli.main(args) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(out.glob("*step-*"))
+
+
+def test_import_is_cheap_and_asks_nothing() -> None:
+    code = (
+        "import sys, fastgpt, torch; heavy = {'triton', 'transformers', 'tokenizers',"
+        " 'jsonargparse', 'yaml'};"
+        " assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        " assert not torch.cuda.is_initialized();"
+        " assert fastgpt.generate is sys.modules['fastgpt.generate'].generate"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+def test_a_trainer_can_be_made_without_a_file() -> None:
+    config = TrainConfig(vocab_size=300, block_size=16, n_layer=1, n_head=1, n_embd=8, device="cpu")
+    assert isinstance(prepare(config, [TEXT]), Trainer)

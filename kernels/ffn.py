@@ -158,20 +158,23 @@ def _dact_kernel(
 ):  # fmt: skip
     block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dact = _product(
         dy_ptr, w_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_dy, stride_w, M, N, K,
         BLOCK_M, BLOCK_N, BLOCK_K, False,
     )  # fmt: skip
-    mask = (rows[:, None] < M) & (cols[None, :] < N)
-    at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    act, grad = _act_and_grad(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
-    if SAVE_ACT:
-        tl.store(act_ptr + at, act.to(act_ptr.dtype.element_ty), mask=mask)
-    dpre = tl.where(mask, dact * grad, 0.0)
-    tl.store(dpre_ptr + at, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
-    if SUM:
-        tl.store(part_ptr + block_m.to(tl.int64) * N + cols, tl.sum(dpre, 0), mask=cols < N)
+    # One half of the columns at a time: all of them at once do not fit in registers.
+    halves = dact.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    for half in tl.static_range(2):
+        cols = block_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        mask = (rows[:, None] < M) & (cols[None, :] < N)
+        at = rows[:, None].to(tl.int64) * N + cols[None, :]
+        act, grad = _act_and_grad(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
+        if SAVE_ACT:
+            tl.store(act_ptr + at, act.to(act_ptr.dtype.element_ty), mask=mask)
+        dpre = tl.where(mask, halves[half] * grad, 0.0)
+        tl.store(dpre_ptr + at, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        if SUM:
+            tl.store(part_ptr + block_m.to(tl.int64) * N + cols, tl.sum(dpre, 0), mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -216,37 +219,86 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+def _up_fused(
+    x: Tensor, w1: Tensor, b1: Tensor | None, activation: str, save_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """-> pre (anything unless to be saved), act, from one product."""
+    x, w1 = _rows(x), _rows(w1)
+    (M, K), N = x.shape, w1.shape[0]
+    act = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    pre = torch.empty_like(act) if save_pre else act
+    tile = ffn_tile()
+    _up_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+        x, w1, None if b1 is None else b1.contiguous(), pre, act, x.stride(0), w1.stride(0), M, N,
+        K, ACT=activation, HAS_BIAS=b1 is not None, SAVE_PRE=save_pre, BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=8, **tile.options,
+    )  # fmt: skip
+    return pre, act
+
+
+def _up_vendor(
+    x: Tensor, w1: Tensor, b1: Tensor | None, activation: str, save_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by the vendor's product and a pointwise pass, in place unless pre is saved."""
+    pre = F.linear(x, w1, b1)
+    act = torch.empty_like(pre) if save_pre else pre
+    M, N = pre.shape
+    tile = act_tile()
+    if M > 0:
+        _act_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
+            pre, act, M, N, ACT=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            **tile.options,
+        )  # fmt: skip
+    return pre, act
+
+
+def _dact_fused(
+    dy: Tensor, w2: Tensor, pre: Tensor, act: Tensor, activation: str, save_act: bool, sum_: bool
+) -> tuple[Tensor, Tensor]:
+    """-> dpre, partial sums of its columns (1, P, F); act is filled if save_act."""
+    dy, w2 = _rows(dy), _rows(w2)
+    (M, K), N = dy.shape, w2.shape[1]
+    dpre = torch.empty_like(pre)
+    tile = ffn_tile()
+    blocks_m = triton.cdiv(M, tile.block_m)
+    part = torch.empty((1, blocks_m, N), dtype=torch.float32, device=dy.device)
+    _dact_kernel[(blocks_m * triton.cdiv(N, tile.block_n),)](
+        dy, w2, pre, dpre, act, part, dy.stride(0), w2.stride(0), M, N, K, ACT=activation,
+        SAVE_ACT=save_act, SUM=sum_, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, GROUP=8, **tile.options,
+    )  # fmt: skip
+    return dpre, part
+
+
+def _dact_vendor(
+    dy: Tensor, w2: Tensor, pre: Tensor, act: Tensor, activation: str, save_act: bool, sum_: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by the vendor's product and a pass over it in place."""
+    dpre = dy @ w2
+    M, N = dpre.shape
+    tile = act_tile()
+    each = tile.block_m * max(1, triton.cdiv(M, 64 * tile.block_m))  # rows of a program
+    groups = triton.cdiv(M, each)
+    part = torch.zeros((1, max(1, groups), N), dtype=torch.float32, device=dy.device)
+    if M > 0:
+        _act_grad_kernel[(groups, triton.cdiv(N, tile.block_n))](
+            dpre, pre, act, part, M, N, each, ACT=activation, SAVE_ACT=save_act, SUM=sum_,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
+        )  # fmt: skip
+    return dpre, part
+
+
 def ffn_fwd(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str,
     save_pre: bool, save_act: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x: (M, C), w1: (F, C), w2: (C2, F) -> y: (M, C2), pre and act: (M, F) or empty."""
-    M, N, K = x.shape[0], w1.shape[0], x.shape[1]
-    none = torch.empty(0, dtype=x.dtype, device=x.device)
-    if M == 0 or not fuses(x):
-        pre = F.linear(x, w1, b1)
-        act = torch.empty_like(pre) if save_pre else pre
-        if M > 0:
-            with on_device(x):
-                tile = act_tile()
-                _act_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
-                    pre, act, M, N, ACT=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                    **tile.options,
-                )  # fmt: skip
-    else:
-        x, w1 = _rows(x), _rows(w1)
-        act = torch.empty((M, N), dtype=x.dtype, device=x.device)
-        pre = torch.empty_like(act) if save_pre else none
-        with on_device(x):
-            tile = ffn_tile()
-            _up_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-                x, w1, None if b1 is None else b1.contiguous(), pre, act, x.stride(0),
-                w1.stride(0), M, N, K, ACT=activation, HAS_BIAS=b1 is not None, SAVE_PRE=save_pre,
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=8,
-                **tile.options,
-            )  # fmt: skip
+    up = _up_fused if len(x) > 0 and fuses(x) else _up_vendor
+    with on_device(x):
+        pre, act = up(x, w1, b1, activation, save_pre)
     y = F.linear(act, w2, b2)
-    return y, pre if save_pre else none, act if save_act else torch.empty_like(none)
+    empty = (0,)
+    return y, pre if save_pre else x.new_empty(empty), act if save_act else x.new_empty(empty)
 
 
 def ffn_bwd(
@@ -254,42 +306,18 @@ def ffn_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dy: (M, C2), pre: (M, F), act: (M, F) or empty -> dx, dw1, db1, dw2, db2, each if needed."""
-    M, N, K = x.shape[0], w1.shape[0], dy.shape[1]
-    dx, dw1, db1, dw2, db2 = (torch.empty(0, dtype=x.dtype, device=x.device) for _ in range(5))
+    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in range(5))
     save_act = needs[3] and act.numel() == 0
-    if save_act:
-        act = torch.empty_like(pre)
-    if M == 0:
-        dpre = torch.empty_like(pre)
-    elif fuses(dy):
-        dy, w2 = _rows(dy), _rows(w2)
-        dpre = torch.empty_like(pre)
-        with on_device(x):
-            tile = ffn_tile()
-            blocks_m = triton.cdiv(M, tile.block_m)
-            part = torch.empty((1, blocks_m, N), dtype=torch.float32, device=x.device)
-            _dact_kernel[(blocks_m * triton.cdiv(N, tile.block_n),)](
-                dy, w2, pre, dpre, act, part, dy.stride(0), w2.stride(0), M, N, K, ACT=activation,
-                SAVE_ACT=save_act, SUM=needs[2], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                BLOCK_K=tile.block_k, GROUP=8, **tile.options,
-            )  # fmt: skip
-    else:
-        dpre = dy @ w2
-        with on_device(x):
-            tile = act_tile()
-            each = tile.block_m * max(1, triton.cdiv(M, 64 * tile.block_m))
-            groups = triton.cdiv(M, each)
-            part = torch.empty((1, groups, N), dtype=torch.float32, device=x.device)
-            _act_grad_kernel[(groups, triton.cdiv(N, tile.block_n))](
-                dpre, pre, act, part, M, N, each, ACT=activation, SAVE_ACT=save_act, SUM=needs[2],
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
-            )  # fmt: skip
+    act = torch.empty_like(pre) if save_act else act
+    dact = _dact_fused if len(dy) > 0 and fuses(dy) else _dact_vendor
+    with on_device(x):
+        dpre, part = dact(dy, w2, pre, act, activation, save_act, needs[2])
     if needs[0]:
         dx = dpre @ w1
     if needs[1]:
         dw1 = dpre.T @ x
     if needs[2]:
-        db1 = column_sum(part, w1.dtype)[0] if M > 0 else torch.zeros_like(w1[:, 0])
+        db1 = column_sum(part, w1.dtype)[0]
     if needs[3]:
         dw2 = dy.T @ act
     if needs[4]:

@@ -75,7 +75,7 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def padded_head_dim(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+    return max(16, 1 << (D - 1).bit_length())
 
 
 # Per chip and padded head dim up to that key: queries x keys of forward, dk/dv and dq, in 16-bit
@@ -124,9 +124,9 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
 _ATTENTION_WIDE = (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2))
 # float32, any chip: products on the plain FMA units, since TF32 would round the inputs.
 _ATTENTION_FLOAT32 = {
-    64: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
-    128: (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1)),
-    256: (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)),
+    64: (Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 32, 8, 1)),
+    128: (Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
+    256: (Tile(32, 16, 8, 1), Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)),
 }
 
 
@@ -174,7 +174,7 @@ def ffn_tile() -> ProductTile:
     """Of the feed-forward's products, in 16-bit dtypes."""
     if chip() == "interpreter":
         return ProductTile(32, 32, 4, 1, 16)
-    return ProductTile(128, 128, 8, 3, 32)
+    return ProductTile(128, 128, 8, 2 if chip() == "gfx9" else 4, 64)
 
 
 def act_tile() -> Tile:

@@ -36,15 +36,17 @@ launched: Counter[str] = Counter()
 
 
 def all_kernels() -> set[str]:
-    """Names of the kernels that kernels/ defines."""
+    """Every kernel that kernels/ defines, as file.function."""
     pattern = re.compile(r"^def (_\w+_kernel)\(", re.M)
-    return {
-        name for f in (ROOT / "kernels").glob("*.py") for name in pattern.findall(f.read_text())
-    }
+    files = (ROOT / "kernels").glob("*.py")
+    return {f"{f.stem}.{name}" for f in files for name in pattern.findall(f.read_text())}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-kernel", action="store_true", help="fail unless each kernel ran")
+    parser.addoption(
+        "--every-configuration", action="store_true", help="compile all choices for all chips"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     get = KernelInterface.__getitem__
 
     def counted(self: Any, grid: Any) -> Any:
-        launched[self.fn.__name__] += 1
+        launched[f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"] += 1
         return get(self, grid)
 
     KernelInterface.__getitem__ = counted  # type: ignore[method-assign]

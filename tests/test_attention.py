@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgpt
-from fastgpt.ops import attention, attention_ref, dropout_mask
+from fastgpt.ops import attention, attention_ref, dropout_mask, register_flop_formulas
 from fastgpt.ops.attention import AttentionFunction
+from fastgpt.ops.backend import INTERPRET
 from tests.check import assert_matches
-from tests.conftest import DTYPES, INTERPRET
+from tests.conftest import DTYPES
 
 
 def qkv(
@@ -61,10 +62,9 @@ def test_weights_of_a_query_sum_to_one() -> None:
 @pytest.mark.parametrize("heads", [4, 2, 1])
 def test_reference_is_torchs_attention(causal: bool, heads: int) -> None:
     x = qkv(2, 17, 4, 24, heads=heads, dtype=torch.float64)
-    want = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in x.values()), is_causal=causal, enable_gqa=True
-    ).transpose(1, 2)
-    assert torch.allclose(attention_ref(**x, causal=causal), want, atol=1e-12)
+    q, k, v = (t.transpose(1, 2) for t in x.values())
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    assert torch.allclose(attention_ref(**x, causal=causal), want.transpose(1, 2), atol=1e-12)
 
 
 def test_causal_aligns_the_last_query_with_the_last_key() -> None:
@@ -135,6 +135,16 @@ def test_kernel_matches(
     shape: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype, device: str
 ) -> None:
     x = qkv(**shape, dtype=dtype, device=device)
+    assert_matches(kernel(**kwargs), partial(attention_ref, **kwargs), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "Tk, kwargs", [(300, {}), (300, {"window": 160}), (333, {"causal": False})], ids=str
+)
+def test_kernel_matches_over_many_blocks(Tk: int, kwargs: dict[str, Any], device: str) -> None:
+    """Blocks without a mask, on both edges and behind the end, at the tiles of a GPU too."""
+    x = qkv(1, 300, 1, 16, Tk=Tk, dtype=torch.float16, device=device)
     assert_matches(kernel(**kwargs), partial(attention_ref, **kwargs), x)
 
 
@@ -338,6 +348,8 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
 def test_flops_count_the_pairs_that_see_each_other() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
+    register_flop_formulas()
+
     q, k, v = qkv(2, 6, 3, 8).values()
     with FlopCounterMode(display=False) as counter:
         torch.ops.fastgpt.attention_fwd(q, k, v, 1.0, -1, 0, 0.0, None)
@@ -371,7 +383,7 @@ def test_rejects_shapes(shapes: list[tuple[int, ...]], rule: str) -> None:
 
 def test_rejects_dtypes_window_and_dropout() -> None:
     q, k, v = qkv(1, 3, 1, 8).values()
-    with pytest.raises(TypeError, match="one floating dtype; got torch.float32, torch.float16"):
+    with pytest.raises(TypeError, match=r"one floating dtype; got torch\.float32, torch\.float16"):
         attention(q, k.half(), v.half())
     with pytest.raises(TypeError, match="one floating dtype"):
         attention(q.int(), k.int(), v.int())

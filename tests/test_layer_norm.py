@@ -12,9 +12,10 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt.ops import dropout_mask, layer_norm, layer_norm_ref
+from fastgpt.ops.backend import INTERPRET
 from fastgpt.ops.layer_norm import LayerNormFunction
 from tests.check import assert_matches
-from tests.conftest import DTYPES, INTERPRET
+from tests.conftest import DTYPES
 
 
 def inputs(

@@ -50,7 +50,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: its name, chip, constexprs, launch options and binary."""
+    """One compiled kernel: its name as file.function, chip, constexprs and binary."""
 
     name: str
     target: str
@@ -63,7 +63,7 @@ class Kernel:
         return f"{self.name} {self.target} {flags} warps={meta.num_warps} stages={meta.num_stages}"
 
     def resources(self) -> Resources:
-        """Registers and spills from the cubin (cuobjdump) or the amdgcn text, shared from Triton."""
+        """Registers and spills from the cubin or the amdgcn text, shared memory from Triton."""
         meta, asm = self.binary.metadata, self.binary.asm
         if "amdgcn" in asm:
             text = asm["amdgcn"]
@@ -93,7 +93,7 @@ def _cuobjdump() -> str:
 
 
 def gpu_target(target: str) -> GPUTarget:
-    """"sm_90" or "gfx942" as Triton names it.
+    """ "sm_90" or "gfx942" as Triton names it.
 
     Raises:
         ValueError: target is none of TARGETS.
@@ -136,7 +136,8 @@ def offline(target: str) -> Iterator[list[Kernel]]:
         bound = dict(zip(self.arg_names, args, strict=False)) | kwargs
         names = [p.name for p in self.params if p.is_constexpr]
         constexprs = {n: bound[n] for n in names if n in bound}
-        kernels.append(Kernel(self.fn.__name__, target, constexprs, binary))
+        file = self.fn.__module__.rpartition(".")[2]
+        kernels.append(Kernel(f"{file}.{self.fn.__name__}", target, constexprs, binary))
         return binary
 
     before = config._active

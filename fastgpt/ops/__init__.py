@@ -1,10 +1,13 @@
 """One op, one file: its specification in plain PyTorch, its registered ops, its public function."""
 
+import sys
+
 from fastgpt.ops.attention import attention, attention_ref
 from fastgpt.ops.backend import Choice, explain, use
 from fastgpt.ops.dropout import dropout_mask
 from fastgpt.ops.ffn import ffn, ffn_ref
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_ref
+from fastgpt.ops.library import register_flop_formulas
 
 __all__ = [
     "Choice",
@@ -16,5 +19,9 @@ __all__ = [
     "ffn_ref",
     "layer_norm",
     "layer_norm_ref",
+    "register_flop_formulas",
     "use",
 ]
+
+if "torch.utils.flop_counter" in sys.modules:  # not loaded for its sake: it imports triton
+    register_flop_formulas()

@@ -1,6 +1,6 @@
 """Scaled dot-product attention: specification, registered ops, gradient, public function."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt.ops import backend
 from fastgpt.ops.dropout import check_dropout, draw_seed, dropout_mask
-from fastgpt.ops.library import define, flops, impl
+from fastgpt.ops.library import define, fake, flops, impl
 
 MAX_HEAD_DIM = 256
 MAX_ROW_STRIDE = 2**23  # elements: a tile of 256 rows is addressed by int32 within itself
@@ -142,7 +142,7 @@ def _attention_fwd(
     return o.contiguous(), lse
 
 
-@torch.library.register_fake("fastgpt::attention_fwd")
+@fake("attention_fwd")
 def _(
     q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, dropout_p: float,
     seed: Tensor | None,
@@ -164,7 +164,7 @@ def _attention_bwd(
     return _ref_bwd(do, dlse, q, k, v, lse, scale, left, right, dropout_p, seed)
 
 
-@torch.library.register_fake("fastgpt::attention_bwd")
+@fake("attention_bwd")
 def _(
     do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     scale: float, left: int, right: int, dropout_p: float, seed: Tensor | None,
@@ -218,9 +218,10 @@ class AttentionFunction(torch.autograd.Function):
         q, k, v, o, lse, seed = ctx.saved_tensors
         if do is None and dlse is None:
             return (None,) * 8
+        scale, left, right, dropout_p = ctx.rest
         if backend.double_backward():
             dq, dk, dv = backend.differentiable_grads(
-                lambda q, k, v: _ref(q, k, v, *ctx.rest, seed),
+                lambda q, k, v: _ref(q, k, v, scale, left, right, dropout_p, seed),
                 (q, k, v), ctx.needs_input_grad[:3], (do, dlse),
             )  # fmt: skip
         else:
@@ -261,6 +262,22 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     if (stride := max(t.stride(1) for t in (q, k, v))) > MAX_ROW_STRIDE:
         return f"the kernel takes strides along T up to {MAX_ROW_STRIDE} elements; got {stride}"
     return None
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+    window: int | None = ..., dropout_p: float = ..., return_lse: Literal[False] = False,
+    seed: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
+    window: int | None = ..., dropout_p: float = ..., return_lse: Literal[True],
+    seed: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 PATHS = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -103,7 +104,7 @@ def _obstacle(x: Tensor) -> str | None:
         return f"tensors are on {x.device}; kernels need CUDA, or TRITON_INTERPRET=1"
     if not _has_triton():
         return "triton is not installed"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in KERNEL_DTYPES:
         return f"kernels take float32, float16 and bfloat16; got {x.dtype}"
     if INTERPRET and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the raw bits of bfloat16"
@@ -132,17 +133,16 @@ def kernel_chosen(op: str, x: Tensor, obstacle: str | None = None) -> bool:
     return chosen
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+
+
+def autocast(*tensors: Maybe) -> tuple[Maybe, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch casts those of a matmul."""
-    device = next(t for t in tensors if t is not None).device.type
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        else t
-        for t in tensors
-    )  # fmt: skip
+    return tuple(t if t is None or t.dtype not in KERNEL_DTYPES else t.to(dtype) for t in tensors)
 
 
 def double_backward() -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import backend
-from fastgpt.ops.library import define, flops, impl
+from fastgpt.ops.library import define, fake, flops, impl
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
@@ -61,7 +61,7 @@ def _ffn_fwd(
     return F.linear(act, w2, b2), pre if save_pre else none, act if save_act else none.clone()
 
 
-@torch.library.register_fake("fastgpt::ffn_fwd")
+@fake("ffn_fwd")
 def _(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str,
     save_pre: bool, save_act: bool,
@@ -99,7 +99,7 @@ def _ffn_bwd(
     )
 
 
-@torch.library.register_fake("fastgpt::ffn_bwd")
+@fake("ffn_bwd")
 def _(
     dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor, activation: str,
     needs: list[bool],
@@ -113,7 +113,7 @@ def _(
 
 @flops("ffn_fwd")
 def _(x: Any, w1: Any, b1: Any, w2: Any, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * (w1[0] * w1[1] + w2[0] * w2[1])
+    return int(2 * x[0] * (w1[0] * w1[1] + w2[0] * w2[1]))
 
 
 @flops("ffn_bwd")
@@ -122,7 +122,7 @@ def _(
     *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     up, down = 2 * x[0] * w1[0] * w1[1], 2 * x[0] * w2[0] * w2[1]
-    return up * (needs[0] + needs[1]) + down * (any(needs[:3]) + needs[3])
+    return int(up * (needs[0] + needs[1]) + down * (any(needs[:3]) + needs[3]))
 
 
 class FFNFunction(torch.autograd.Function):
@@ -219,7 +219,8 @@ def ffn(
     _check(x, w1, b1, w2, b2, activation)
     if not backend.kernel_chosen("ffn", x, _obstacle(x, w1)):
         return ffn_ref(x, w1, b1, w2, b2, activation=activation)
-    x, w1, b1, w2, b2 = backend.autocast(x, w1, b1, w2, b2)
+    x, w1, w2 = backend.autocast(x, w1, w2)
+    b1, b2 = backend.autocast(b1, b2)
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)

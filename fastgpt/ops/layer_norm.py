@@ -1,6 +1,6 @@
 """Layer normalization, with the residual add and dropout before it."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgpt.ops import backend
 from fastgpt.ops.dropout import check_dropout, draw_seed, dropout_mask
-from fastgpt.ops.library import define, impl
+from fastgpt.ops.library import define, fake, impl
 
 
 def _add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ def _layer_norm_fwd(
     return y, x.new_empty(0) if residual is None else h.contiguous(), mean, rstd
 
 
-@torch.library.register_fake("fastgpt::layer_norm_fwd")
+@fake("layer_norm_fwd")
 def _(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     dropout_p: float, seed: Tensor | None,
@@ -133,7 +133,7 @@ def _layer_norm_bwd(
     )
 
 
-@torch.library.register_fake("fastgpt::layer_norm_bwd")
+@fake("layer_norm_bwd")
 def _(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
     rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
@@ -240,6 +240,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise TypeError(
             f"layer_norm: weight and bias must have one dtype; got {weight.dtype}, {bias.dtype}"
         )
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., eps: float = ..., *,
+    residual: None = ..., dropout_p: float = ..., seed: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., eps: float = ..., *, residual: Tensor,
+    dropout_p: float = ..., seed: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def layer_norm(

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 _lib = torch.library.Library("fastgpt", "DEF")
+_flops: dict[str, Callable[..., Any]] = {}
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
@@ -29,6 +29,35 @@ def impl(name: str) -> Callable[[Fn], Fn]:
     return register
 
 
+def fake(name: str) -> Callable[[Fn], Fn]:
+    """Give a declared op its shapes and dtypes without data, for tracing."""
+
+    def register(fn: Fn) -> Fn:
+        torch.library.register_fake(f"fastgpt::{name}", fn, lib=_lib)
+        return fn
+
+    return register
+
+
 def flops(name: str) -> Callable[[Fn], Fn]:
-    """Tell torch's FlopCounterMode what a declared op costs, as a function of its shapes."""
-    return register_flop_formula(getattr(torch.ops.fastgpt, name))
+    """Say what a declared op costs, as a function of its arguments with shapes for tensors."""
+
+    def remember(fn: Fn) -> Fn:
+        _flops[name] = fn
+        return fn
+
+    return remember
+
+
+def register_flop_formulas() -> None:
+    """Teach torch's FlopCounterMode, in counters made from now on, what fastgpt's ops cost.
+
+    Importing fastgpt does it if torch.utils.flop_counter is loaded by then. It does not load it:
+    that module imports triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in _flops.items():
+        op = getattr(torch.ops.fastgpt, name)
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)

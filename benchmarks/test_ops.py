@@ -1,0 +1,30 @@
+"""The ops under pytest-benchmark, for trends: pytest benchmarks --benchmark-json=out.json"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import attention, ffn, layer_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALLEST = {
+    module.__name__.split(".")[1]: module.cases(DEVICE, torch.float32)[0]
+    for module in (attention, layer_norm, ffn)
+}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize(
+    "op, provider", [(op, p) for op, case in SMALLEST.items() for p in case.providers]
+)
+def test_speed(benchmark: Any, op: str, provider: str, backward: bool) -> None:
+    step = SMALLEST[op].step(provider, backward)
+
+    def run() -> None:
+        step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{op} {'forward and backward' if backward else 'forward'}"
+    benchmark(run)

@@ -1,0 +1,107 @@
+"""The rules of the house, executable."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+OPS = ("attention", "layer_norm", "ffn")
+# What may import what: a layer sees those before it.
+LAYERS = {
+    "kernels": 0, "ops": 1, "layers": 2, "model": 3,
+    "tokenizer": 4, "data": 4, "generate": 4, "train": 5, "lab": 6, "demo": 7, "cli": 8,
+}  # fmt: skip
+SOURCES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastgpt").rglob("*.py")]
+
+
+def place(file: Path) -> str:
+    """The layer a file belongs to."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return "kernels" if "kernels" in parts else parts[1]
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return names
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_one_name_in_four_places(op: str) -> None:
+    for folder in ("kernels", "fastgpt/ops", "benchmarks"):
+        assert (ROOT / folder / f"{op}.py").is_file(), folder
+    assert (ROOT / "tests" / f"test_{op}.py").is_file()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_downwards(file: Path) -> None:
+    here = LAYERS.get(place(file), 99)
+    for name in imported(file):
+        parts = name.split(".")
+        if parts[0] == "fastgpt" and len(parts) > 1 and parts[1] in LAYERS:
+            assert LAYERS[parts[1]] <= here, f"{file.name} imports {name}"
+
+
+def test_kernels_import_torch_and_triton_only() -> None:
+    for file in (ROOT / "kernels").glob("*.py"):
+        roots = {name.split(".")[0] for name in imported(file)}
+        assert roots <= {"torch", "triton", "fastgpt", "dataclasses", "typing", "contextlib"}, file
+
+
+def test_kernels_is_no_package_and_is_linked() -> None:
+    """A top-level package `kernels` would be taken for Hugging Face's by transformers."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "fastgpt" / "kernels").resolve() == (ROOT / "kernels").resolve()
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    readers = [f for f in SOURCES if re.search(r"os\.(environ|getenv)", f.read_text())]
+    assert {f.relative_to(ROOT).as_posix() for f in readers} <= {
+        "fastgpt/ops/backend.py", "fastgpt/lab/agreement.py"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["fastgpt", "fastgpt.cli"])
+def test_importing_asks_nothing_of_the_machine(module: str) -> None:
+    code = (
+        "import torch, sys\n"
+        "def no(*a, **k): raise SystemExit('asked for a GPU')\n"
+        "torch.cuda.is_available = torch.cuda.init = torch.cuda.get_device_properties = no\n"
+        f"import {module}\n"
+        "banned = {'triton', 'transformers', 'tokenizers', 'jsonargparse', 'yaml'}\n"
+        "print(sorted(banned & set(sys.modules)))"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert got.stdout.strip() == "[]", got.stdout + got.stderr
+
+
+def test_no_kernel_uses_what_the_house_forbids() -> None:
+    """Atomics give other bits each run, libdevice is not portable, 3.9 has no block pointers."""
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert not re.search(
+            r"tl\.atomic|libdevice|make_block_ptr|triton\.autotune", file.read_text()
+        )
+
+
+def test_sizes_of_a_batch_are_never_constexpr() -> None:
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert not re.search(r"\b(M|N|K|T|Tq|Tk|B|H): tl\.constexpr", file.read_text()), file
+
+
+def test_imports_beside_transformers_and_hugging_faces_kernels() -> None:
+    pytest.importorskip("transformers")
+    code = (
+        "import fastgpt, transformers, fastgpt.kernels.tiles\n"
+        "from transformers import GPT2LMHeadModel"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert got.returncode == 0, got.stderr

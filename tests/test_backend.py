@@ -1,0 +1,109 @@
+"""The choice of path: use, explain, and what is said when a kernel cannot run."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt.ops import attention, backend, layer_norm
+from fastgpt.ops.backend import INTERPRET
+from tests.conftest import HAS_CUDA
+
+CPU_ONLY = pytest.mark.skipif(HAS_CUDA or INTERPRET, reason="about a machine that runs no kernels")
+
+
+@CPU_ONLY
+def test_auto_takes_the_reference_and_says_why() -> None:
+    q = torch.randn(1, 3, 1, 8)
+    (choice,) = fastgpt.explain(attention, q, q, q)
+    assert (choice.op, choice.path) == ("attention", "reference")
+    assert choice.why == "tensors are on cpu; kernels need CUDA, or TRITON_INTERPRET=1"
+    assert choice in fastgpt.explain()
+
+
+@CPU_ONLY
+def test_a_forced_kernel_raises_and_says_why() -> None:
+    q = torch.randn(1, 3, 1, 8)
+    rule = "attention: the triton path is forced, but tensors are on cpu"
+    with fastgpt.use("triton"), pytest.raises(ValueError, match=rule):
+        attention(q, q, q)
+
+
+def test_explain_hears_all_ops_of_a_call_in_order() -> None:
+    def call() -> None:
+        x = torch.randn(2, 8)
+        layer_norm(x, x[0])
+        attention(*[torch.randn(1, 2, 1, 8)] * 3)
+
+    with fastgpt.use("reference"):
+        heard = fastgpt.explain(call)
+    assert [(c.op, c.why) for c in heard] == [
+        ("layer_norm", 'use("reference")'),
+        ("attention", 'use("reference")'),
+    ]
+
+
+def test_use_is_undone_by_an_error_and_nests() -> None:
+    before = backend._path
+    with pytest.raises(KeyError), fastgpt.use("reference"):
+        with fastgpt.use("auto"):
+            assert backend._path == "auto"
+        assert backend._path == "reference"
+        raise KeyError
+    assert backend._path == before
+
+
+def test_an_unknown_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be one of auto, triton, reference; got 'cuda'"):
+        with fastgpt.use("cuda"):
+            pass
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTGPT", "TRITON_INT"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | env, capture_output=True, text=True
+    )
+
+
+def test_the_environment_sets_the_default() -> None:
+    code = "from fastgpt.ops import backend; print(backend._path)"
+    assert run(code, FASTGPT_BACKEND="reference").stdout.strip() == "reference"
+    bad = run(code, FASTGPT_BACKEND="fast")
+    assert "FASTGPT_BACKEND: the path must be one of" in bad.stderr and bad.returncode != 0
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernel_where_it_can(device: str) -> None:
+    q = torch.randn(1, 3, 1, 8, device=device)
+    (choice,) = fastgpt.explain(attention, q, q, q)
+    assert choice.path == "triton"
+    assert choice.why == ("a CUDA tensor" if device == "cuda" else "Triton's interpreter")
+    (choice,) = fastgpt.explain(attention, q, q, q, softmax_scale=-1.0)
+    assert choice.path == "reference" and "positive softmax_scale" in choice.why
+
+
+@pytest.mark.gpu
+def test_the_launch_is_guarded_by_the_tensors_device(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device != "cuda":
+        x = torch.randn(2, 8)
+        with fastgpt.use("triton"):
+            layer_norm(x, x[0])
+        return
+    guarded = []
+    guard = torch.cuda.device
+
+    def watched(index: torch.device) -> Any:
+        guarded.append(index)
+        return guard(index)
+
+    monkeypatch.setattr(torch.cuda, "device", watched)
+    x = torch.randn(2, 8, device="cuda")
+    layer_norm(x, x[0])
+    assert guarded == [x.device]

@@ -1,0 +1,169 @@
+"""Every kernel compiles for every chip, fits its shared memory, and where it must does not spill.
+
+The launchers themselves are run, on CPU tensors, so what is compiled is what a GPU would be given.
+By default head dims 64 and 128 are compiled in all dtypes with and without dropout for every chip,
+and every other choice for some of the chips in turn; --every-configuration compiles all for all.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from fastgpt.ops.backend import INTERPRET
+from tests.conftest import HAS_CUDA, all_kernels
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(HAS_CUDA or INTERPRET, reason="compiles on CPU tensors, without a driver"),
+]
+
+from fastgpt.kernels.attention import attention_bwd, attention_fwd  # noqa: E402
+from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
+from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
+from fastgpt.lab.compile import SHARED_LIMIT, TARGETS, Kernel, offline  # noqa: E402
+from fastgpt.ops.ffn import ACTIVATIONS  # noqa: E402
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (8, 16, 24, 32, 40, 80, 136, 256)  # each padded width, filled and not
+SEED = torch.zeros(1, dtype=torch.int64)
+Launch = Callable[[], Any]
+
+
+def attention(D: int, dtype: torch.dtype, p: float, lse: bool = False) -> Launch:
+    def launch() -> None:
+        qkv = torch.empty(1, 128, 3, 4, D, dtype=dtype)
+        q, k, v = qkv.unbind(2)
+        seed = SEED if p else None
+        o, l = attention_fwd(q, k, v, D**-0.5, -1, 0, p, seed)
+        attention_bwd(q, l if lse else None, q, k, v, o, l, D**-0.5, -1, 0, p, seed)
+
+    return launch
+
+
+def layer_norm(
+    N: int, dtype: torch.dtype, stream: torch.dtype, residual: bool, bias: bool, p: float
+) -> Launch:
+    def launch() -> None:
+        x, w = torch.empty(64, N, dtype=dtype), torch.empty(N, dtype=stream)
+        res = torch.empty(64, N, dtype=stream) if residual else None
+        b = w if bias else None
+        _, h, mean, rstd = layer_norm_fwd(x, res, w, b, 1e-5, p, SEED if p else None)
+        h = h if residual else x
+        dh = h if residual else None
+        layer_norm_bwd(x, dh, h, w, bias, mean, rstd, p, SEED if p else None, dtype)
+
+    return launch
+
+
+def ffn(C: int, dtype: torch.dtype, activation: str, recompute: bool, bias: bool) -> Launch:
+    def launch() -> None:
+        x, w1, w2 = (torch.empty(s, dtype=dtype) for s in ((256, C), (512, C), (C, 512)))
+        b1 = torch.empty(512, dtype=dtype) if bias else None
+        y, pre, act = ffn_fwd(x, w1, b1, w2, None, activation, True, not recompute)
+        needs = [True, True, bias, True, False]
+        ffn_bwd(y, x, w1, w2, pre, act, activation, needs)
+        ffn_fwd(x, w1, b1, w2, None, activation, False, False)
+
+    return launch
+
+
+def configurations(target: str, every: bool) -> Iterator[Launch]:
+    """All choices for this chip, or the first kind and this chip's share of the others."""
+    for D, dtype, p in itertools.product((64, 128), DTYPES, (0.0, 0.1)):
+        yield attention(D, dtype, p, lse=p > 0)
+    others = [
+        *(
+            attention(D, dtype, p, lse=p > 0)
+            for D, dtype, p in itertools.product(HEAD_DIMS, DTYPES, (0.0, 0.1))
+        ),
+        *(
+            layer_norm(N, dtype, stream, residual, bias, p)
+            for N in (*(2**i for i in range(14)), 768, 1600, 8193)
+            for dtype, stream in [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[:2]]
+            for residual, p in ((False, 0.0), (True, 0.0), (True, 0.1))
+            for bias in (True, False)
+        ),
+        *(
+            ffn(C, dtype, activation, recompute, bias)
+            for C in (768, 770, WIDEST_FUSED + 8)
+            for dtype in DTYPES
+            for activation in ACTIVATIONS
+            for recompute in (True, False)
+            for bias in (True, False)
+        ),
+    ]
+    share = TARGETS.index(target)
+    yield from others if every else others[share :: 4 * len(TARGETS)]
+
+
+def check(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        got = kernel.resources()
+        assert got.shared <= SHARED_LIMIT[kernel.target], f"{kernel}: {got}"
+        pinned = triton.__version__.startswith("3.7.")  # spills move from release to release
+        wide = kernel.constexprs.get("BLOCK_D", 0) > 128
+        if pinned and kernel.target in ("sm_80", "sm_90", "sm_100") and not wide:
+            assert got.spills == 0, f"{kernel}: {got}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target: str) -> None:
+    with offline(target) as kernels:
+        for launch in (
+            attention(64, torch.bfloat16, 0.0),
+            layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1),
+            layer_norm(8193, torch.bfloat16, torch.bfloat16, False, True, 0.0),
+            ffn(768, torch.bfloat16, "gelu_tanh", True, True),
+            ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", True, True),
+        ):
+            launch()
+    assert {k.name for k in kernels} == all_kernels()
+    check(kernels)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("part", range(4))
+def test_every_configuration_compiles(target: str, part: int, pytestconfig: pytest.Config) -> None:
+    every = pytestconfig.getoption("--every-configuration")
+    with offline(target) as kernels:
+        for launch in list(configurations(target, every))[part::4]:
+            launch()
+    assert len(kernels) > 10
+    check(kernels)
+
+
+def test_three_sizes_compile_once() -> None:
+    with offline("sm_90") as kernels:
+        for T in (96, 128, 608):
+            q = torch.empty(T // 32, T, 4, 64, dtype=torch.bfloat16)
+            o, lse = attention_fwd(q, q, q, 0.1, -1, 0, 0.0, None)
+            attention_bwd(o, None, q, q, q, o, lse, 0.1, -1, 0, 0.0, None)
+            x = torch.empty(T, 768, dtype=torch.bfloat16)
+            w, f = torch.empty(768, dtype=x.dtype), torch.empty(3072, 768, dtype=x.dtype)
+            _, _, mean, rstd = layer_norm_fwd(x, None, w, w, 1e-5, 0.0, None)
+            layer_norm_bwd(x, None, x, w, True, mean, rstd, 0.0, None, x.dtype)
+            y, pre, act = ffn_fwd(x, f, None, f.T, None, "gelu", True, False)
+            ffn_bwd(y, x, f, f.T.contiguous(), pre, act, "gelu", [True] * 5)
+    binaries: dict[str, set[str]] = {}
+    for k in kernels:
+        binaries.setdefault(k.name, set()).add(k.binary.hash)
+    assert {name: len(hashes) for name, hashes in binaries.items()} == dict.fromkeys(binaries, 1)
+
+
+def test_no_product_spills_into_integer_or_double_arithmetic() -> None:
+    """No float64 in the PTX: a Python float that reached a kernel as a double would show."""
+    with offline("sm_90") as kernels:
+        attention(64, torch.bfloat16, 0.1)()
+        layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1)()
+        ffn(768, torch.bfloat16, "gelu", True, True)()
+    for k in kernels:
+        assert ".f64" not in k.binary.asm["ptx"], k
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 'sm_42'"), offline("sm_42"):
+        attention(64, torch.bfloat16, 0.0)()

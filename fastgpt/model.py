@@ -155,7 +155,8 @@ class GPT(nn.Module):
 
         Args:
             idx: (B, T), int64 or int32, ids below vocab_size.
-            cache: if given, idx follow the positions that it holds, and are added to it.
+            cache: if given, idx follow the positions that it holds, and are added to it; for
+                generation, without gradient.
 
         Returns:
             (B, T, n_embd).

@@ -138,6 +138,21 @@ def test_bits_per_byte_are_the_bits_of_the_bytes() -> None:
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
 
+def test_an_evaluation_of_some_windows_is_from_all_over_the_text() -> None:
+    t = trainer(eval_windows=3)
+    T, tokens = 16, t.held_out.tokens
+    windows = (len(tokens) - 1) // T
+    assert windows > 6
+    parts = [tokens[w * T : w * T + T + 1] for w in (0, windows // 3, 2 * windows // 3)]
+    three = replace(t.config, eval_windows=0)
+    losses = [
+        Trainer(three, t.model, t.tokenizer, t.batches.tokens, part).evaluate().loss
+        for part in parts
+    ]
+    assert t.evaluate().loss == pytest.approx(sum(losses) / 3, rel=1e-3)
+    assert t.evaluate().loss != trainer(eval_windows=0).evaluate().loss
+
+
 def test_it_learns() -> None:
     t = trainer(steps=150, lr=5e-3, dropout=0.0, batch_size=16)
     before = t.evaluate()

@@ -52,6 +52,8 @@ class TrainConfig:
             with the time, whichever is further on.
         log_every: steps between lines of the log.
         eval_every: steps between evaluations; 0 for one at the end only.
+        eval_windows: the most windows of held-out text that are evaluated, from all over it; 0 for
+            all.
         save_every: steps between checkpoints; 0 for one at the end only.
     """
 
@@ -82,13 +84,17 @@ class TrainConfig:
     max_seconds: float | None = None
     log_every: int = 10
     eval_every: int = 200
+    eval_windows: int = 512
     save_every: int = 500
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"train: {name} must be at least 1; got {value}")
-        for name in ("warmup", "seed", "eval_every", "save_every", "weight_decay", "clip"):
+        for name in (
+            "warmup", "seed", "eval_every", "eval_windows", "save_every",
+            "weight_decay", "clip",
+        ):  # fmt: skip
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"train: {name} must not be negative; got {value}")
         for name in ("beta1", "beta2"):

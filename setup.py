@@ -27,6 +27,7 @@ setup(
         "dev": [
             *TRAIN,
             "hypothesis>=6.100",
+            "kernels>=0.17",  # beside which fastgpt.kernels must import
             "mypy>=1.15",
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -40,9 +40,6 @@ class AttentionTiles:
     dq: Tile
 
 
-WIDEST_ROW = 8192  # columns of a row that stays in registers
-
-
 def interpreting() -> bool:
     return not isinstance(_probe, triton.JITFunction)
 
@@ -143,7 +140,7 @@ def attention_tiles(dtype: torch.dtype, block_d: int, dropout: bool) -> Attentio
         at = max(64, block_d)
         rows = _ATTENTION[where]
         fwd, dkdv, dq = (_ATTENTION_DROPOUT[where] if dropout else rows).get(at, rows[at])
-    return AttentionTiles(fwd, Tile(64, 64, 4, 1), dkdv, dq)
+    return AttentionTiles(fwd, Tile(32, 32, 4, 1), dkdv, dq)
 
 
 def programs(x: Tensor, num_warps: int) -> int:
@@ -156,13 +153,14 @@ def programs(x: Tensor, num_warps: int) -> int:
 
 
 def layer_norm_tile(N: int, backward: bool = False) -> Tile:
-    """Rows x columns of a program. A warp holds 1024 elements of a row (512 in backward, which has
-    sums to keep as well), so a row of up to that width is reduced without shared memory."""
+    """Rows x columns of a program. A warp holds 1024 elements of a row, 512 in backward, which has
+    sums to keep as well: a row of up to that width is reduced without shared memory. A row wider
+    than the tile is walked over in chunks of its width."""
     if chip() == "interpreter":
         return Tile(4, min(128, triton.next_power_of_2(N)), 1, 1)
-    per_warp = 512 if backward else 1024
-    block_n = min(WIDEST_ROW, triton.next_power_of_2(N))
-    return Tile(max(1, per_warp // block_n), block_n, min(16, max(1, block_n // per_warp)), 1)
+    per_warp, widest = (512, 4096) if backward else (1024, 8192)
+    block_n = min(widest, triton.next_power_of_2(N))
+    return Tile(min(32, max(1, per_warp // block_n)), block_n, max(1, block_n // per_warp), 1)
 
 
 @dataclass(frozen=True)

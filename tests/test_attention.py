@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -272,6 +273,18 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
     o.sum().backward()
     assert o.shape == q.shape and q.grad is not None and kv.grad is not None
     assert (kv.grad == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRET, reason="wants memory that is set aside and never touched")
+def test_offsets_beyond_32_bits(device: str) -> None:
+    room = torch.from_numpy(np.zeros(2**31 + 2**10, np.float16))  # only touched pages are real
+    x = qkv(3, 5, 2, 8, dtype=torch.float16)
+    for i, name in enumerate(x):
+        far = room[i * 80 :].as_strided((3, 5, 2, 8), (2**30, 16, 8, 1))
+        x[name] = far.copy_(x[name])
+    got = kernel()(**x)
+    assert torch.equal(got, kernel()(**{n: t.contiguous() for n, t in x.items()}))
 
 
 @pytest.mark.gpu

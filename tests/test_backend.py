@@ -88,6 +88,41 @@ def test_auto_takes_the_kernel_where_it_can(device: str) -> None:
 
 
 @pytest.mark.gpu
+def test_transforms_of_torch_func_take_the_reference(device: str) -> None:
+    x, w = torch.randn(3, 2, 8, device=device), torch.randn(8, device=device)
+    layer_norm(x, w)
+    got = torch.func.vmap(lambda row: layer_norm(row, w))(x)
+    assert torch.allclose(got, layer_norm(x, w), atol=1e-5)
+    (choice,) = fastgpt.explain(torch.func.vmap(lambda row: layer_norm(row, w)), x)
+    assert choice.path == "reference" and "torch.func" in choice.why
+
+
+def test_the_kernel_path_compiles_to_one_graph() -> None:
+    """The public functions, compiled where they choose their kernels: without a graph break."""
+    code = """
+import torch, fastgpt
+from fastgpt import ops
+
+def block(x, w, b, w1, w2):
+    q, k, v = (x * i for i in (1, 2, 3))
+    q, k, v = (t.view(1, 5, 2, 8) for t in (q, k, v))
+    y, h = ops.layer_norm(ops.attention(q, k, v).flatten(2), w, b, residual=x)
+    return ops.ffn(y, w1, None, w2, None) + h
+
+args = [torch.randn(s, requires_grad=True) for s in ((1, 5, 16), (16,), (16,), (32, 16), (16, 32))]
+compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+with fastgpt.use("triton"):
+    got, want = compiled(*args), block(*args)
+    for g, w in zip(torch.autograd.grad(got.sum(), args), torch.autograd.grad(want.sum(), args)):
+        torch.testing.assert_close(g, w)
+torch.testing.assert_close(got, want)
+print("equal", {c.path for c in fastgpt.explain()})
+"""
+    got = run(code, TRITON_INTERPRET="1")
+    assert got.stdout.strip() == "equal {'triton'}", got.stderr
+
+
+@pytest.mark.gpu
 def test_the_launch_is_guarded_by_the_tensors_device(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,6 +238,15 @@ def test_empty(device: str) -> None:
     y = kernel()(**x)
     grads = torch.autograd.grad(y.sum(), list(x.values()))
     assert y.shape == (0, 6) and (grads[1] == 0).all() and (grads[2] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRET, reason="wants memory that is set aside and never touched")
+def test_offsets_beyond_32_bits(device: str) -> None:
+    room = torch.from_numpy(np.zeros(2**31 + 2**10, np.float16))  # only touched pages are real
+    x = room.as_strided((3, 40), (2**30, 1)).copy_(torch.randn(3, 40))
+    w = torch.randn(40).half()
+    assert torch.equal(kernel()(x=x, weight=w), kernel()(x=x.contiguous(), weight=w))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 PATHS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -93,21 +93,18 @@ def runs_kernel(x: Tensor) -> bool:
     return x.is_cuda or INTERPRET
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _obstacle(x: Tensor) -> str | None:
     """What keeps any kernel from running on x, or None."""
     if not runs_kernel(x):
         return f"tensors are on {x.device}; kernels need CUDA, or TRITON_INTERPRET=1"
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
     if x.dtype not in KERNEL_DTYPES:
         return f"kernels take float32, float16 and bfloat16; got {x.dtype}"
     if INTERPRET and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the raw bits of bfloat16"
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return "kernels have no rule for the transforms of torch.func"
     return None
 
 

@@ -1,0 +1,52 @@
+# make demo    train a small GPT on Python's language reference, and generate from it
+# make test    everything that can be proven without a GPU
+# Each makes .venv and installs what it needs, at the versions of constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Each worker of pytest-xdist has one core to itself.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+.PHONY: demo test test-cpu test-interpreted test-sanitized lint clean
+
+demo: .venv/train
+	$(BIN)/fastgpt demo
+
+test: test-cpu test-interpreted test-sanitized
+
+# On plain PyTorch: the references, the model, training, the command line; and every kernel
+# compiled for eight chips.
+test-cpu: .venv/dev
+	$(PYTEST) -m "not gpu" tests
+
+# The kernels in Triton's interpreter, in float32 and float16.
+test-interpreted: .venv/dev
+	TRITON_INTERPRET=1 $(PYTEST) -m gpu --every-kernel tests
+
+# The tests written for a GPU, unchanged, with every access checked: bounds, races, memory read
+# before it was written; bfloat16 too.
+test-sanitized: .venv/dev
+	$(BIN)/python -m ttsem.sanitize pytest -q -m gpu --every-kernel tests
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build out
+
+.venv/python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/train: .venv/python setup.py constraints.txt
+	$(PIP) --editable '.[train]'
+	touch $@
+
+# ttsem names newer versions than it needs of Python, torch and Triton.
+.venv/dev: .venv/python setup.py constraints.txt
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --ignore-requires-python ttsem
+	touch $@

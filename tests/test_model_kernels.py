@@ -1,0 +1,94 @@
+"""The whole model on its kernels against the whole model on plain PyTorch."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastgpt
+from fastgpt import GPT, GPTConfig, generate
+
+pytestmark = pytest.mark.gpu
+CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=32)
+
+
+def step(model: GPT, idx: Tensor, path: str) -> dict[str, Tensor]:
+    """The loss and its gradient by every parameter."""
+    with fastgpt.use(path):
+        loss = model(idx[:, :-1], idx[:, 1:])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+    names = [n for n, _ in model.named_parameters()]
+    return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_loss_and_gradients_match_by_parameter_name(bias: bool, device: str) -> None:
+    config = GPTConfig(24, 31, n_layer=2, n_head=2, n_embd=32, bias=bias)
+    model = GPT(config).to(device)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)  # away from the ones and zeros of the start
+    idx = torch.randint(31, (2, 22), device=device)
+    got, same = step(model, idx, "triton"), step(model, idx, "reference")
+    gold = step(deepcopy(model).double(), idx, "reference")
+    for name, truth in gold.items():
+        err = (got[name].double() - truth).abs().max().item()
+        allowed = 2 * (same[name].double() - truth).abs().max().item() + 1e-6
+        assert err <= allowed, f"{name}: off by {err:.2e}, PyTorch allows {allowed:.2e}"
+
+
+def test_every_op_of_the_model_takes_its_kernel(device: str) -> None:
+    model = GPT(CONFIG).to(device).eval()
+    idx = torch.randint(31, (1, 5), device=device)
+    heard = fastgpt.explain(model, idx)
+    assert {c.op for c in heard} == {"attention", "layer_norm", "ffn"}
+    assert {c.path for c in heard} == {"triton"}
+    assert len(heard) == 2 * (1 + 2 + 1) + 1
+
+
+def test_trains_with_dropout_and_the_same_seed_gives_the_same_bits(device: str) -> None:
+    def train() -> list[float]:
+        torch.manual_seed(3)
+        model = GPT(GPTConfig(16, 31, n_layer=1, n_head=2, n_embd=16, dropout=0.2)).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        idx = torch.randint(31, (2, 17), device=device)
+        losses = []
+        for _ in range(3):
+            with fastgpt.use("triton"):
+                loss = model(idx[:, :-1], idx[:, 1:])
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    first = train()
+    assert first == train()
+    assert first[-1] < first[0]
+
+
+def test_mixed_precision(device: str) -> None:
+    """Under autocast branches are of 16 bits, the stream and the parameters' gradients of 32."""
+    model = GPT(CONFIG).to(device)
+    idx = torch.randint(31, (2, 20), device=device)
+    half = torch.bfloat16 if device == "cuda" else torch.float16
+    with torch.autocast(device, half), fastgpt.use("triton"):
+        loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    want = step(model, idx, "reference")
+    assert torch.allclose(loss.detach().float(), want["loss"], atol=2e-2)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert torch.allclose(p.grad, want[name], atol=2e-2), name
+
+
+def test_generates_the_same_text_as_the_reference(device: str) -> None:
+    model = GPT(CONFIG).to(device)
+    for p in model.parameters():
+        p.data *= 3.0  # logits far apart: rounding decides nothing
+    idx = torch.randint(31, (2, 4), device=device)
+    with fastgpt.use("triton"):
+        got = generate(model, idx, 6, temperature=0.0)
+    with fastgpt.use("reference"):
+        assert torch.equal(got, generate(model, idx, 6, temperature=0.0))

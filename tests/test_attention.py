@@ -276,6 +276,17 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
 
 
 @pytest.mark.gpu
+def test_no_keys(device: str) -> None:
+    q = torch.randn(1, 3, 1, 8, device=device)
+    kv = q[:, :0]
+    for causal in (True, False):
+        o, lse = kernel(return_lse=True, causal=causal)(q, kv, kv)
+        assert (o == 0).all() and (lse == -math.inf).all()
+        with fastgpt.use("reference"):
+            assert (attention(q, kv, kv, causal=causal) == 0).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not INTERPRET, reason="wants memory that is set aside and never touched")
 def test_offsets_beyond_32_bits(device: str) -> None:
     room = torch.from_numpy(np.zeros(2**31 + 2**10, np.float16))  # only touched pages are real

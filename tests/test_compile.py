@@ -141,7 +141,7 @@ def test_every_configuration_compiles(target: str, part: int, pytestconfig: pyte
     with offline(target) as kernels:
         for launch in list(configurations(target, every))[part::4]:
             launch()
-    assert len(kernels) > 10
+    assert kernels
     check(kernels)
 
 

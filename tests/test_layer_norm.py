@@ -189,6 +189,13 @@ def test_statistics_are_float32_where_the_mean_is_large(device: str) -> None:
 
 
 @pytest.mark.gpu
+def test_the_norm_is_of_the_stream_as_it_is_stored(device: str) -> None:
+    x = inputs(9, 100, dtype=torch.float16, device=device, residual=True)
+    y, h = kernel()(**x)
+    assert torch.equal(y, kernel()(x=h, weight=x["weight"], bias=x["bias"]))
+
+
+@pytest.mark.gpu
 def test_only_the_stream_carries_gradient(device: str) -> None:
     x = {n: t.requires_grad_() for n, t in inputs(3, 16, device=device, residual=True).items()}
     _, h = kernel()(**x)

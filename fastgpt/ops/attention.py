@@ -104,7 +104,7 @@ def _plain(
     Tq, Tk = q.shape[1], k.shape[1]
     bounded = left >= 0 or right >= 0
     # torch fills hidden scores with -inf before it scales them: NaN unless the scale is positive.
-    unlike = (Tq > Tk and bounded) or scale <= 0.0 or q.numel() == 0
+    unlike = (Tq > Tk and bounded) or scale <= 0.0 or q.numel() == 0 or k.numel() == 0
     if return_lse or unlike or (p > 0.0 and seed is not None):
         return _ref(q, k, v, scale, left, right, p, seed)
     causal = left < 0 and right == 0 and Tq == Tk

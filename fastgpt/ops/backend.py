@@ -20,6 +20,7 @@ from torch import Tensor
 
 PATHS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST = (8, 0)  # NVIDIA's compute capability: Ampere
 HAS_TRITON = find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -103,8 +104,14 @@ def _obstacle(x: Tensor) -> str | None:
         return f"kernels take float32, float16 and bfloat16; got {x.dtype}"
     if INTERPRET and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the raw bits of bfloat16"
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:
         return "kernels have no rule for the transforms of torch.func"
+    if x.is_cuda and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < OLDEST:
+            return f"kernels need compute capability 8.0; got {'.'.join(map(str, capability))}"
     return None
 
 

@@ -236,8 +236,9 @@ for step in range(10**6):
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    torn = 0
-    for n in range(5):
+    torn = rounds = 0
+    while rounds < 5 or (torn == 0 and rounds < 40):
+        rounds += 1
         process = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(tmp_path)],
             stdout=subprocess.PIPE,
@@ -246,15 +247,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         )
         assert process.stdout is not None
         said = int(process.stdout.readline())
-        while not list(tmp_path.glob(".step-*")):  # the next save has begun
-            assert process.poll() is None
-        time.sleep(float(rng.uniform(0, 0.01)))
+        time.sleep(float(rng.uniform(0, 0.05)))  # some saves later, somewhere in one
         process.kill()
         said = max([said, *map(int, process.communicate()[0].split())])
         torn += any(p.name.startswith(".") for p in tmp_path.iterdir())
         model, _ = load(tmp_path)
         values = {float(v) for p in model.state_dict().values() for v in (p.min(), p.max())}
-        assert len(values) == 1, f"round {n}: weights of several steps"
+        assert len(values) == 1, f"round {rounds}: weights of several steps"
         state = checkpoint.read_json(checkpoint.find(tmp_path) / "train.json")
         assert values == {float(state["step"])}
         assert state["step"] >= said

@@ -9,12 +9,13 @@
         train.json             step, seconds, the run's configuration
 
 A checkpoint is made in a hidden folder beside, forced to disk, and renamed; only then does
-`latest` name it, and only then are older ones removed. A process killed at any moment leaves the
-last complete one in place.
+`latest` name it, and only then are older ones hidden and removed. A process killed at any moment
+leaves the last complete one in place, and no torn one in sight.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
 
 FORMAT, VERSION = "fastgpt", 1
+STEP = re.compile(r"step-\d{8,}(\.\d+)?")
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
@@ -60,7 +62,6 @@ def save(
     out.mkdir(parents=True, exist_ok=True)
     for stale in out.glob(".step-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    before = _latest(out)
     name = f"step-{step:08d}"
     final = next(p for p in _names(out / name) if not p.exists())
     part = out / f".{final.name}.{os.getpid()}"
@@ -88,8 +89,11 @@ def save(
     _sync(pointer)
     os.replace(pointer, out / "latest")
     _sync(out)
-    if before is not None and before != final:
-        shutil.rmtree(before, ignore_errors=True)
+    for old in out.iterdir():
+        if STEP.fullmatch(old.name) and old != final:
+            hidden = out / f".{old.name}.old"  # what can be seen is whole
+            os.rename(old, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
     return final
 
 

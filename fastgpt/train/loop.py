@@ -73,7 +73,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+        has: dict[str, Any] = getattr(
+            torch.cpu, "get_capabilities", dict
+        )()  # not in older versions of torch
         fast = device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
 

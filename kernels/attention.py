@@ -80,7 +80,7 @@ def _fwd_block(
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    start = tl.to_tensor(start_n).to(tl.int64)
+    start = tl.cast(start_n, tl.int64)
     end = Tk - start_n
     k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -204,7 +204,7 @@ def _dkdv_block(
     in_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = start_m + in_m
-    start = tl.to_tensor(start_m).to(tl.int64)
+    start = tl.cast(start_m, tl.int64)
     end = Tq - start_m
     q = _tile(q_ptr + start * stride_qt, stride_qt, in_m, offs_d, end, D, MASKED, PAD_D)
     do = _tile(do_ptr + start * stride_dt, stride_dt, in_m, offs_d, end, D, MASKED, PAD_D)
@@ -305,7 +305,7 @@ def _dq_block(
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    start = tl.to_tensor(start_n).to(tl.int64)
+    start = tl.cast(start_n, tl.int64)
     end = Tk - start_n
     k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
     v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)

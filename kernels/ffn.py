@@ -97,12 +97,13 @@ def _product(
         b_ptr += start_n
         b_offs = offs_k[:, None] * stride_b + offs_n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for _ in tl.range(0, K // BLOCK_K):
-        a = tl.load(a_ptr + a_offs)
-        b = tl.load(b_ptr + b_offs)
+    step_b = BLOCK_K if B_ROWS else BLOCK_K * stride_b
+    for i in tl.range(0, K // BLOCK_K):
+        a = tl.load(a_ptr + i * BLOCK_K + a_offs)
+        b = tl.load(b_ptr + tl.cast(i, tl.int64) * step_b + b_offs)
         acc = tl.dot(a, tl.trans(b) if B_ROWS else b, acc)
-        a_ptr += BLOCK_K
-        b_ptr += BLOCK_K if B_ROWS else BLOCK_K * stride_b
+    a_ptr += K // BLOCK_K * BLOCK_K
+    b_ptr += tl.cast(K // BLOCK_K, tl.int64) * step_b
     rest = K % BLOCK_K
     if rest > 0:
         a = tl.load(a_ptr + a_offs, mask=offs_k[None, :] < rest, other=0.0)

@@ -212,7 +212,7 @@ def _bwd_wide_weight_kernel(
     dw = tl.zeros([BLOCK_N], dtype=tl.float32)
     db = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row in tl.range(pid, M, count):
-        at = tl.to_tensor(row).to(tl.int64)
+        at = tl.cast(row, tl.int64)
         h = tl.load(h_ptr + at * stride_h + cols, mask=cols < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at * stride_dy + cols, mask=cols < N, other=0.0).to(tl.float32)
         dw += dy * (h - tl.load(mean_ptr + at)) * tl.load(rstd_ptr + at)

@@ -9,6 +9,7 @@ With --every-kernel the run fails unless every kernel of fastgpt was launched.
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastgpt.ops.backend import INTERPRET
 
 ROOT = Path(__file__).parent.parent
 HAS_CUDA = torch.cuda.is_available()  # true under the sanitizer as well
+SANITIZED = "ttsem" in sys.modules
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 
 settings.register_profile(

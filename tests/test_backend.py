@@ -11,7 +11,7 @@ import torch
 import fastgpt
 from fastgpt.ops import attention, backend, layer_norm
 from fastgpt.ops.backend import INTERPRET
-from tests.conftest import HAS_CUDA
+from tests.conftest import HAS_CUDA, SANITIZED
 
 CPU_ONLY = pytest.mark.skipif(HAS_CUDA or INTERPRET, reason="about a machine that runs no kernels")
 
@@ -139,6 +139,7 @@ def test_the_launch_is_guarded_by_the_tensors_device(
         return guard(index)
 
     monkeypatch.setattr(torch.cuda, "device", watched)
-    x = torch.randn(2, 8, device="cuda")
+    x = torch.randn(2, 8, device=f"cuda:{torch.cuda.device_count() - 1}")
     layer_norm(x, x[0])
-    assert guarded == [x.device]
+    assert len(guarded) == 1
+    assert SANITIZED or guarded == [x.device]  # there the device is only the program's belief

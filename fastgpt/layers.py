@@ -43,17 +43,11 @@ class LayerNorm(nn.LayerNorm):
             weight = torch.ones(shape, device=x.device)
         if n == 1:
             return ops.layer_norm(x, weight, bias, self.eps, residual=residual, dropout_p=dropout_p)
-        out = ops.layer_norm(
-            x.flatten(-n),
-            weight.flatten(),
-            None if bias is None else bias.flatten(),
-            self.eps,
-            residual=None if residual is None else residual.flatten(-n),
-            dropout_p=dropout_p,
-        )
-        if isinstance(out, Tensor):
-            return out.view(x.shape)
-        return out[0].view(x.shape), out[1].view(x.shape)
+        flat = x.flatten(-n), weight.flatten(), None if bias is None else bias.flatten()
+        if residual is None:
+            return ops.layer_norm(*flat, self.eps, dropout_p=dropout_p).view(x.shape)
+        y, h = ops.layer_norm(*flat, self.eps, residual=residual.flatten(-n), dropout_p=dropout_p)
+        return y.view(x.shape), h.view(x.shape)
 
 
 class KVCache:
@@ -124,7 +118,6 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, Tk, H, D)
         o = ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        assert isinstance(o, Tensor)
         y: Tensor = self.c_proj(o.reshape(B, T, C))
         return y
 

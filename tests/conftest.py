@@ -8,12 +8,16 @@ In each of them a gpu test that launches no kernel fails: the reference path pro
 With --every-kernel the run fails unless every kernel of fastgpt was launched.
 """
 
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# Before torch: its threads then sleep while they wait, and workers beside each other do not starve.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -101,6 +101,7 @@ def test_plain_path_is_the_specification(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck(dtype: torch.dtype) -> None:
     loose = {"eps": 1e-2, "atol": 5e-2, "rtol": 5e-2, "nondet_tol": 1e-5}
     how = {} if dtype == torch.float64 else loose

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastgpt
 from fastgpt.ops import attention, backend, layer_norm
@@ -91,9 +92,12 @@ def test_auto_takes_the_kernel_where_it_can(device: str) -> None:
 def test_transforms_of_torch_func_take_the_reference(device: str) -> None:
     x, w = torch.randn(3, 2, 8, device=device), torch.randn(8, device=device)
     layer_norm(x, w)
-    got = torch.func.vmap(lambda row: layer_norm(row, w))(x)
-    assert torch.allclose(got, layer_norm(x, w), atol=1e-5)
-    (choice,) = fastgpt.explain(torch.func.vmap(lambda row: layer_norm(row, w)), x)
+
+    def norm(row: Tensor) -> Tensor:
+        return layer_norm(row, w)
+
+    assert torch.allclose(torch.func.vmap(norm)(x), norm(x), atol=1e-5)
+    (choice,) = fastgpt.explain(torch.func.vmap(norm), x)
     assert choice.path == "reference" and "torch.func" in choice.why
 
 

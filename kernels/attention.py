@@ -58,6 +58,12 @@ def _bounds(lo, hi, full_lo, full_hi, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _sees(t, n, left, right, Tk):
+    """Whether queries at positions t see keys n; they broadcast against each other."""
+    return (n < Tk) & (n <= t + right) & (n >= t - left)
+
+
+@triton.jit
 def _tile(ptr, stride_t, offs_t, offs_d, T, D, MASK_T: tl.constexpr, PAD_D: tl.constexpr):
     """Rows offs_t of the (T, D) matrix at ptr, as [len(offs_t), BLOCK_D]."""
     ptrs = ptr + offs_t[:, None] * stride_t + offs_d[None, :]
@@ -85,9 +91,7 @@ def _fwd_block(
     k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        n = start_n + offs_n
-        see = (n[None, :] < Tk) & (n[None, :] <= (t_m + right)[:, None])
-        see &= n[None, :] >= (t_m - left)[:, None]
+        see = _sees(t_m[:, None], (start_n + offs_n)[None, :], left, right, Tk)
         s = tl.where(see, s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
     p = tl.math.exp2(tl.fma(s, qk_scale, -m_new[:, None]))
@@ -217,9 +221,8 @@ def _dkdv_block(
     st = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
     pt = tl.math.exp2(tl.fma(st, qk_scale, -(lse * LOG2E)[None, :]))
     if MASKED:
-        t_m = offs_m + shift
-        see = (offs_n[:, None] <= (t_m + right)[None, :]) & (offs_n[:, None] < Tk)
-        see &= (offs_n[:, None] >= (t_m - left)[None, :]) & (offs_m < Tq)[None, :]
+        see = _sees((offs_m + shift)[None, :], offs_n[:, None], left, right, Tk)
+        see &= (offs_m < Tq)[None, :]
         pt = tl.where(see, pt, 0.0)
     dpt = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
     if DROPOUT:
@@ -312,9 +315,7 @@ def _dq_block(
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     p = tl.math.exp2(tl.fma(s, qk_scale, -lse2[:, None]))
     if MASKED:
-        n = start_n + offs_n
-        see = (n[None, :] < Tk) & (n[None, :] <= (t_m + right)[:, None])
-        see &= n[None, :] >= (t_m - left)[:, None]
+        see = _sees(t_m[:, None], (start_n + offs_n)[None, :], left, right, Tk)
         p = tl.where(see, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     if DROPOUT:

@@ -1,7 +1,7 @@
 """Tile sizes per op, width and chip: small tables, no autotuner, no query at import.
 
-No row was timed. A row is the largest tile found that compiles for its chips without register
-spills, within their shared memory, with the fewest instructions per element in the main loop.
+No row was timed. A row is the largest tile, of those tried, that compiles for its chips without
+register spills and within their shared memory.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +34,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class AttentionTiles:
+    """One tile for each kernel of attention."""
+
     fwd: Tile
     delta: Tile
     dkdv: Tile
@@ -41,6 +43,7 @@ class AttentionTiles:
 
 
 def interpreting() -> bool:
+    """Whether kernels were decorated for Triton's interpreter, TRITON_INTERPRET=1."""
     return not isinstance(_probe, triton.JITFunction)
 
 
@@ -72,6 +75,7 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def padded_head_dim(D: int) -> int:
+    """The power of two, at least 16, that a head dim is padded to inside the kernels."""
     return max(16, 1 << (D - 1).bit_length())
 
 

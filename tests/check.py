@@ -1,6 +1,7 @@
 """How far a kernel may stray: no further than PyTorch itself does at the same dtype."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +46,30 @@ def assert_matches(
         assert err <= allowed, (
             f"{name}: off by {err:.2e}, PyTorch in {same[name].dtype} allows {allowed:.2e}"
         )
+
+
+def assert_one_graph(f: Callable[..., Any], calls: list[dict[str, Tensor]]) -> None:
+    """Compiled with dynamic shapes, f needs one graph for all the calls and changes no bit."""
+    graphs = 0
+
+    def count(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=count)
+    for inputs in calls:
+        for got, want in zip(compiled(**inputs), f(**inputs), strict=True):
+            assert torch.equal(got, want)
+    assert graphs == 1
+
+
+def assert_compiled_gradients_match(f: Op, inputs: dict[str, Tensor], atol: float = 1e-5) -> None:
+    """The gradients of the scalar f, compiled whole, are the eager ones."""
+    torch._dynamo.reset()
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*leaves), leaves)
+    for g, w in zip(got, torch.autograd.grad(f(*leaves), leaves), strict=True):
+        assert torch.allclose(g, w, atol=atol)

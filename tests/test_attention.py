@@ -16,7 +16,7 @@ import fastgpt
 from fastgpt.ops import attention, attention_ref, dropout_mask, register_flop_formulas
 from fastgpt.ops.attention import AttentionFunction
 from fastgpt.ops.backend import INTERPRET
-from tests.check import assert_matches
+from tests.check import assert_compiled_gradients_match, assert_matches, assert_one_graph
 from tests.conftest import DTYPES
 
 
@@ -339,35 +339,18 @@ def test_function_gradcheck_and_double_backward() -> None:
 
 
 def test_compiles_to_one_graph_for_three_lengths() -> None:
-    graphs = 0
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return AttentionFunction.apply(q, k, v, 0.4, -1, 0, 0.0, None)
 
-    def count(gm: Any, _: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return gm.forward
-
-    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return AttentionFunction.apply(q, k, v, 0.4, -1, 0, 0.0, None)[0]
-
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=count)
-    for T in (5, 9, 14):
-        x = qkv(2, T, 2, 8)
-        assert torch.equal(compiled(**x), f(**x))
-    assert graphs == 1
+    assert_one_graph(f, [qkv(2, T, 2, 8) for T in (5, 9, 14)])
 
 
 def test_compiled_gradients_are_the_eager_ones() -> None:
-    torch._dynamo.reset()
-
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o, lse = AttentionFunction.apply(q, k, v, 0.4, -1, 0, 0.0, None)
         return o.square().sum() + lse.sum()
 
-    x = [t.requires_grad_() for t in qkv(1, 7, 2, 8).values()]
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*x), x)
-    for g, w in zip(got, torch.autograd.grad(loss(*x), x), strict=True):
-        assert torch.allclose(g, w, atol=1e-6)
+    assert_compiled_gradients_match(loss, qkv(1, 7, 2, 8))
 
 
 def test_flops_count_the_pairs_that_see_each_other() -> None:

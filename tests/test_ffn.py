@@ -13,7 +13,7 @@ import fastgpt
 from fastgpt.ops import ffn, ffn_ref, register_flop_formulas
 from fastgpt.ops.backend import INTERPRET
 from fastgpt.ops.ffn import ACTIVATIONS, FFNFunction
-from tests.check import assert_matches
+from tests.check import assert_compiled_gradients_match, assert_matches, assert_one_graph
 from tests.conftest import DTYPES
 
 
@@ -224,34 +224,17 @@ def test_function_gradcheck_and_double_backward(activation: str) -> None:
 
 
 def test_compiles_to_one_graph_for_three_row_counts() -> None:
-    graphs = 0
-
-    def count(gm: Any, _: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return gm.forward
-
     def f(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Any:
-        return FFNFunction.apply(x, w1, b1, w2, b2, "gelu_tanh", True)
+        return (FFNFunction.apply(x, w1, b1, w2, b2, "gelu_tanh", True),)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=count)
-    for M in (3, 5, 8):
-        x = inputs(M, 8, 12)
-        assert torch.equal(compiled(**x), f(**x))
-    assert graphs == 1
+    assert_one_graph(f, [inputs(M, 8, 12) for M in (3, 5, 8)])
 
 
 def test_compiled_gradients_are_the_eager_ones() -> None:
-    torch._dynamo.reset()
-
     def loss(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return FFNFunction.apply(x, w1, b1, w2, b2, "gelu_tanh", True).square().sum()
 
-    x = [t.requires_grad_() for t in inputs(4, 8, 12).values()]
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*x), x)
-    for g, w in zip(got, torch.autograd.grad(loss(*x), x), strict=True):
-        assert torch.allclose(g, w, atol=1e-5)
+    assert_compiled_gradients_match(loss, inputs(4, 8, 12))
 
 
 def test_flops_are_those_of_the_products() -> None:

@@ -15,7 +15,7 @@ import fastgpt
 from fastgpt.ops import dropout_mask, layer_norm, layer_norm_ref
 from fastgpt.ops.backend import INTERPRET
 from fastgpt.ops.layer_norm import LayerNormFunction
-from tests.check import assert_matches
+from tests.check import assert_compiled_gradients_match, assert_matches, assert_one_graph
 from tests.conftest import DTYPES
 
 
@@ -298,35 +298,18 @@ def test_function_gradcheck_and_double_backward(dropout_p: float) -> None:
 
 
 def test_compiles_to_one_graph_for_three_row_counts() -> None:
-    graphs = 0
-
-    def count(gm: Any, _: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return gm.forward
-
     def f(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return LayerNormFunction.apply(x, x, weight, bias, 1e-5, 0.0, None)
+        return LayerNormFunction.apply(x, x.sin(), weight, bias, 1e-5, 0.0, None)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=count)
-    for rows in (3, 5, 8):
-        x = inputs(rows, 16)
-        assert all(torch.equal(a, b) for a, b in zip(compiled(**x), f(**x), strict=True))
-    assert graphs == 1
+    assert_one_graph(f, [inputs(rows, 16) for rows in (3, 5, 8)])
 
 
 def test_compiled_gradients_are_the_eager_ones() -> None:
-    torch._dynamo.reset()
-
     def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         y, h = LayerNormFunction.apply(x, residual, weight, bias, 1e-5, 0.0, None)
         return y.square().sum() + h.sin().sum()
 
-    x = [t.requires_grad_() for t in inputs(4, 16, residual=True).values()]
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*x), x)
-    for g, w in zip(got, torch.autograd.grad(loss(*x), x), strict=True):
-        assert torch.allclose(g, w, atol=1e-5)
+    assert_compiled_gradients_match(loss, inputs(4, 16, residual=True))
 
 
 # ------------------------------------------------------------------ bad input

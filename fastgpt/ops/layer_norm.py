@@ -169,7 +169,7 @@ class LayerNormFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dh: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         h, weight, mean, rstd, seed = ctx.saved_tensors
-        _, has_residual, _, has_bias, *_ = ctx.needs_input_grad
+        _, needs_residual, _, needs_bias, *_ = ctx.needs_input_grad
         if dy is None and dh is None:
             return (None,) * 7
         dw: Tensor | None
@@ -179,10 +179,18 @@ class LayerNormFunction(torch.autograd.Function):
             dx = _add_grad(dres, ctx.dropout_p, seed).to(ctx.x_dtype)
         else:
             dx, dres, dw, db = torch.ops.fastgpt.layer_norm_bwd(
-                dy, dh, h, weight, has_bias, mean, rstd, ctx.dropout_p, seed, ctx.x_dtype
+                dy, dh, h, weight, needs_bias, mean, rstd, ctx.dropout_p, seed, ctx.x_dtype
             )
             dres = dx if dres.numel() == 0 else dres
-        return dx, dres if has_residual else None, dw, db if has_bias else None, None, None, None
+        return (
+            dx,
+            dres if needs_residual else None,
+            dw,
+            db if needs_bias else None,
+            None,
+            None,
+            None,
+        )
 
 
 def _add_grad(dres: Tensor, p: float, seed: Tensor | None) -> Tensor:

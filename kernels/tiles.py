@@ -157,12 +157,18 @@ def programs(x: Tensor, num_warps: int) -> int:
 
 
 def layer_norm_tile(N: int, backward: bool = False) -> Tile:
-    """Rows x columns of a program. A warp holds 1024 elements of a row, 512 in backward, which has
-    sums to keep as well: a row of up to that width is reduced without shared memory. A row wider
-    than the tile is walked over in chunks of its width."""
+    """Rows x columns of a program: a row wider than the tile is walked over in chunks.
+
+    A warp holds 1024 elements of a row, or half of that where registers do not suffice: for more
+    than 4096 columns, and in backward, which has sums to keep as well; there a quarter where it
+    holds several rows or a chunk. A row of up to that width is reduced without shared memory.
+    """
     if chip() == "interpreter":
         return Tile(4, min(128, triton.next_power_of_2(N)), 1, 1)
-    per_warp, widest = (512, 4096) if backward else (1024, 8192)
+    if backward:
+        per_warp, widest = (512 if 256 < N <= 4096 else 256), 4096
+    else:
+        per_warp, widest = (1024 if N <= 4096 else 512), 8192
     block_n = min(widest, triton.next_power_of_2(N))
     return Tile(min(32, max(1, per_warp // block_n)), block_n, max(1, block_n // per_warp), 1)
 

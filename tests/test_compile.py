@@ -3,7 +3,7 @@
 The launchers themselves are run, on CPU tensors, so what is compiled is what a GPU would be given.
 By default the configurations of GPT-2 and its like, bfloat16 with head dims 64 and 128, with and
 without dropout, are compiled for every chip, and each chip has its share of the other choices;
---every-configuration compiles all choices for all chips, in about an hour.
+--every-configuration compiles all choices for all chips, in an hour or more.
 """
 
 import itertools

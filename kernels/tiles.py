@@ -58,7 +58,7 @@ def chip() -> str:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
-        return "gfx9"
+        return "gfx9" if str(target.arch).startswith("gfx9") else "gfx11"
     arch = int(target.arch)
     if arch in (80, 87):
         return "sm_80"
@@ -102,9 +102,15 @@ _ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         64: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
         128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 32, 8, 3)),
     },
+    # A warp's product is 32 rows: more than one warp for each 32 would repeat its work.
     "gfx9": {
-        64: (Tile(128, 64, 4, 1), Tile(64, 128, 8, 1), Tile(128, 64, 8, 1)),
-        128: (Tile(128, 64, 4, 1), Tile(32, 128, 8, 1), Tile(128, 32, 8, 1)),
+        64: (Tile(128, 64, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+        128: (Tile(128, 32, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+    },
+    # The least that spills, at a head dim of 128: a thread has 256 registers and two accumulators.
+    "gfx11": {
+        64: (Tile(128, 64, 8, 1), Tile(16, 128, 8, 1), Tile(64, 16, 4, 1)),
+        128: (Tile(128, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 16, 4, 1)),
     },
 }
 _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
@@ -119,7 +125,8 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
         128: (Tile(128, 64, 8, 3), Tile(16, 32, 2, 3), Tile(128, 32, 8, 3)),
     },
-    "gfx9": {64: (Tile(128, 64, 4, 1), Tile(32, 128, 8, 1), Tile(128, 64, 8, 1))},
+    "gfx9": {},
+    "gfx11": {},
 }
 # Head dims of 136 to 256, any chip. Backward spills: two accumulators of 256 columns a key.
 _ATTENTION_WIDE = (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2))
@@ -182,7 +189,9 @@ def ffn_tile() -> ProductTile:
     """Of the feed-forward's products, in 16-bit dtypes."""
     if chip() == "interpreter":
         return ProductTile(32, 32, 4, 1, 16)
-    return ProductTile(128, 128, 8, 2 if chip() == "gfx9" else 4, 64)
+    if chip().startswith("gfx"):
+        return ProductTile(128, 128, 8, 2, 64 if chip() == "gfx9" else 32)
+    return ProductTile(128, 128, 8, 4, 64)
 
 
 def act_tile() -> Tile:

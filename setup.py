@@ -2,6 +2,8 @@ from setuptools import find_packages, setup
 
 TRAIN = ["jsonargparse[signatures]>=4.40", "tokenizers>=0.20", "tqdm>=4.66"]
 
+LAB = ["jinja2>=3.1", "pyyaml>=6"]
+
 setup(
     name="fastgpt-triton",
     version="0.1.0",
@@ -13,7 +15,7 @@ setup(
     # fastgpt/kernels. It has no __init__.py: a top-level package `kernels` is Hugging Face's.
     packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels"],
     package_dir={"fastgpt.kernels": "kernels"},
-    package_data={"fastgpt": ["py.typed"]},
+    package_data={"fastgpt": ["py.typed"], "fastgpt.lab": ["page.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -24,16 +26,20 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "lab": LAB,
         "dev": [
             *TRAIN,
+            *LAB,
             "hypothesis>=6.100",
             "kernels>=0.17",  # beside which fastgpt.kernels must import
             "mypy>=1.15",
+            "playwright>=1.49",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "transformers>=5.20,<6",
+            "types-PyYAML",
         ],
     },
     entry_points={"console_scripts": ["fastgpt=fastgpt.cli:main"]},

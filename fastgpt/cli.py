@@ -1,4 +1,4 @@
-"""The command line: fastgpt demo, train, generate.
+"""The command line: fastgpt demo, train, generate, lab.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -17,6 +17,7 @@ commands:
   demo      train a small GPT on real text in about two minutes, and show what it learned
   train     train a GPT on text files
   generate  continue a prompt with a trained model
+  lab       what a Triton kernel became on each chip, and its faults, with no GPU
 
 fastgpt COMMAND --help tells a command's options.
 """
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for out in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by something else
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
-    commands = {"demo": _demo, "train": _train, "generate": _generate}
+    commands = {"demo": _demo, "train": _train, "generate": _generate, "lab": _lab}
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE, end="")
@@ -193,3 +194,9 @@ def _generate(argv: list[str]) -> int:
             print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _lab(argv: list[str]) -> int:
+    from fastgpt.lab.cli import main as lab
+
+    return lab(argv, _Parser)

@@ -66,7 +66,7 @@ def test_kernels_is_no_package_and_is_linked() -> None:
 def test_the_environment_is_read_in_one_place() -> None:
     readers = [f for f in SOURCES if re.search(r"os\.(environ|getenv)", f.read_text())]
     assert {f.relative_to(ROOT).as_posix() for f in readers} <= {
-        "fastgpt/ops/backend.py", "fastgpt/lab/agreement.py"
+        "fastgpt/ops/backend.py", "fastgpt/lab/child.py"
     }  # fmt: skip
 
 

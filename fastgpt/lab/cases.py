@@ -1,0 +1,139 @@
+"""fastgpt's own kernels as the lab sees them: what the ops launch, forward and backward.
+
+An op is named as in `fastgpt.ops`, with sizes if others are wanted than GPT-2's:
+"attention", "attention:D=128,dropout_p=0.1", "layer_norm:N=4096", "ffn:C=1024".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastgpt.lab.compile import capture
+from fastgpt.lab.launch import DTYPES, Launch
+from fastgpt.ops.backend import OLDEST
+
+Sizes = dict[str, Any]
+
+
+def _attention(s: Sizes) -> None:
+    from fastgpt.kernels.attention import attention_bwd, attention_fwd
+
+    B, T, H, D, p = s["B"], s["T"], s["H"], s["D"], s["dropout_p"]
+    qkv = torch.empty(B, T, 3, H, D, dtype=DTYPES[s["dtype"]])
+    q, k, v = qkv.unbind(2)
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    o, lse = attention_fwd(q, k, v, D**-0.5, -1, 0, p, seed)
+    attention_bwd(o, None, q, k, v, o, lse, D**-0.5, -1, 0, p, seed)
+
+
+def _layer_norm(s: Sizes) -> None:
+    from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
+
+    M, N, p, dtype = s["M"], s["N"], s["dropout_p"], DTYPES[s["dtype"]]
+    x, res = (torch.empty(M, N, dtype=dtype) for _ in range(2))
+    weight = torch.empty(N, dtype=torch.float32)
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    _, h, mean, rstd = layer_norm_fwd(x, res, weight, weight, 1e-5, p, seed)
+    layer_norm_bwd(x, h, h, weight, True, mean, rstd, p, seed, dtype)
+
+
+def _ffn(s: Sizes) -> None:
+    from fastgpt.kernels.ffn import ffn_bwd, ffn_fwd
+
+    M, C, F, dtype = s["M"], s["C"], s["F"], DTYPES[s["dtype"]]
+    x, w1, w2 = (torch.empty(shape, dtype=dtype) for shape in ((M, C), (F, C), (C, F)))
+    b1 = torch.empty(F, dtype=dtype)
+    y, pre, act = ffn_fwd(x, w1, b1, w2, None, s["activation"], True, True)
+    ffn_bwd(y, x, w1, w2, pre, act, s["activation"], [True, True, True, True, False])
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op: what launches its kernels, the sizes it takes, and smaller ones to run them on.
+
+    Attributes:
+        sizes: GPT-2's, for compiling; a name to its default.
+        small: sizes at which the interpreter counts traffic in seconds, growing.
+    """
+
+    launch: Callable[[Sizes], None]
+    sizes: Sizes
+    small: tuple[Sizes, ...]
+
+
+OPS = {
+    "layer_norm": Case(
+        _layer_norm,
+        {"M": 8192, "N": 768, "dtype": "bf16", "dropout_p": 0.0},
+        tuple({"M": M, "N": 768} for M in (64, 128, 256)),
+    ),
+    "attention": Case(
+        _attention,
+        {"B": 8, "T": 1024, "H": 12, "D": 64, "dtype": "bf16", "dropout_p": 0.0},
+        tuple({"B": 1, "T": T, "H": 1} for T in (256, 512, 1024)),
+    ),
+    "ffn": Case(
+        _ffn,
+        {"M": 8192, "C": 768, "F": 3072, "dtype": "bf16", "activation": "gelu_tanh"},
+        tuple({"M": M, "C": 256, "F": 512} for M in (128, 256, 512)),
+    ),
+}
+
+
+def refused(target: str) -> str | None:
+    """Why fastgpt's kernels do not run on a target, if so."""
+    if target.startswith("sm_") and divmod(int(target[3:]), 10) < OLDEST:
+        return f"fastgpt's kernels need compute capability {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+def parse(said: str) -> tuple[str, Sizes]:
+    """ "attention:D=128" as the op's name and its sizes.
+
+    Raises:
+        ValueError: there is no such op, or it has no such size.
+    """
+    name, _, rest = said.partition(":")
+    if name not in OPS:
+        raise ValueError(f"lab: fastgpt's ops are {', '.join(OPS)}; got {name!r}")
+    sizes = dict(OPS[name].sizes)
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if key not in sizes or not equals:
+            raise ValueError(f"lab: {name} takes {', '.join(sizes)}, as NAME=VALUE; got {pair!r}")
+        try:
+            sizes[key] = type(sizes[key])(value)
+        except ValueError:
+            kind = type(sizes[key]).__name__
+            raise ValueError(f"lab: {name}:{key} must be {kind}; got {value!r}") from None
+    if sizes["dtype"] not in ("bf16", "f16", "f32"):
+        raise ValueError(f"lab: {name}:dtype must be bf16, f16 or f32; got {sizes['dtype']!r}")
+    return name, sizes
+
+
+def launches(said: str, target: str) -> list[Launch]:
+    """What an op launches on a target, each kernel once.
+
+    Raises:
+        ValueError: there is no such op, or it has no such size.
+    """
+    name, sizes = parse(said)
+    return _once(name, sizes, target)
+
+
+def small_launches(said: str, target: str) -> list[Launch]:
+    """The same at the small sizes, the tiles being those of the target."""
+    name, sizes = parse(said)
+    made = []
+    for small in OPS[name].small:
+        label = ", ".join(f"{k}={v}" for k, v in small.items())
+        made += [replace(one, size=label) for one in _once(name, sizes | small, target)]
+    return made
+
+
+def _once(name: str, sizes: Sizes, target: str) -> list[Launch]:
+    with capture(target) as found, torch.device("meta"):  # products of the vendor's cost nothing
+        OPS[name].launch(sizes)
+    return list({launch.name: launch for launch in found}.values())

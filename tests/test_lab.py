@@ -5,7 +5,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +355,7 @@ def test_fastgpts_own_kernels_at_a_revision(tmp_path: Path) -> None:
 # Recording
 
 
-def test_a_recorded_program_is_a_spec(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_recorded_program_is_a_spec(tmp_path: Path) -> None:
     pytest.importorskip("ttsem")
     script = tmp_path / "script.py"
     script.write_text(
@@ -372,11 +371,7 @@ def test_a_recorded_program_is_a_spec(capsys: pytest.CaptureFixture[str], tmp_pa
         "histogram[(1,)](torch.tensor([0, 3, 3, 1], device='cuda'), counts, BLOCK=4)\n"
     )
     out = tmp_path / "launches.yaml"
-    code = subprocess.run(
-        [sys.executable, "-m", "fastgpt", "lab", "record", "-o", str(out), str(script)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert code.returncode == 0, code.stderr
+    assert cli.main(["lab", "record", "-o", str(out), str(script)]) == 0
     said = yaml.safe_load(out.read_text())
     assert [one["kernel"] for one in said] == [f"{RIGHT}:copy"] * 2 + [f"{RIGHT}:histogram"]
     assert said[0]["args"]["x_ptr"] == {"tensor": "bf16[1000]", "offset": 1000}

@@ -4,12 +4,18 @@ The program, or a pytest run, is executed under ttsem's stand-in for a GPU: devi
 and every kernel really runs, on the CPU. Its launches become a YAML file for the lab.
 """
 
+import json
 import runpy
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fastgpt.lab.launch import DescriptorArg, Launch, TensorArg
 
@@ -57,34 +63,74 @@ def _signature(launch: Launch) -> str:
 def run(program: Sequence[str], out: str | Path) -> int:
     """Run a program and write what it launches to out, each distinct launch once.
 
+    It runs in a process of its own, since the stand-in changes what torch.cuda says for good.
+
     Args:
-        program: a script and its arguments, or "-m", "pytest" and pytest's.
-        out: a YAML file; is written whole, also when the program fails.
+        program: a script and its arguments; "-m" and a module and its; "pytest" and its.
+        out: a YAML file; is written whole, also when the program fails later on.
 
     Returns:
         How many launches were written.
 
     Raises:
-        ValueError: the program is not there, fails, or launches nothing.
-        ImportError: ttsem or PyYAML is not installed.
+        ValueError: the program is not there, or launches nothing.
+        ImportError: ttsem is not installed.
     """
-    import yaml
-
-    try:
-        from ttsem import sanitize
-    except ImportError:
+    words = _words(program)
+    if find_spec("ttsem") is None:
         raise ImportError(
             "record: ttsem is needed; pip install --no-deps --ignore-requires-python ttsem"
-        ) from None
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [sys.executable, "-m", "fastgpt.lab.record", str(answer), *words]
+        code = subprocess.run(command).returncode
+        if not answer.is_file():
+            raise ValueError(f"record: {' '.join(program)} ended its process, with code {code}")
+        found, failed = json.loads(answer.read_text())
+    if not found:
+        why = f": {failed}" if failed else ""
+        raise ValueError(f"record: {' '.join(program)} launched no kernel{why}")
+    if failed:
+        print(f"record: the program failed: {failed}", file=sys.stderr)
+    path = Path(out)
+    part = path.with_name(path.name + ".part")
+    text = yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=100)
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+    return len(found)
+
+
+def _words(program: Sequence[str]) -> list[str]:
+    """ "-m MODULE ..." or "SCRIPT ..." of what a person says.
+
+    Raises:
+        ValueError: it is no program, or the script is not there.
+    """
+    words = list(program)
+    if words[:1] in (["python"], ["python3"]):
+        words = words[1:]
+    if words[:1] == ["pytest"]:
+        words = ["-m", *words]
+    if not words or words == ["-m"]:
+        raise ValueError("record: a program is SCRIPT.py ..., -m MODULE ..., or pytest ...")
+    if words[0] != "-m" and not Path(words[0]).is_file():
+        raise ValueError(f"record: {words[0]} is not a file")
+    return words
+
+
+def _listen(words: list[str]) -> tuple[list[dict[str, Any]], str | None]:
+    """Run a program here: its launches as specs, and what it failed with, if it did."""
     from triton.runtime.jit import JITFunction
+    from ttsem import sanitize
 
     from fastgpt.lab.compile import record
 
     found: dict[str, dict[str, Any]] = {}
-    skipped: list[str] = []
+    with sanitize.session(source=" ".join(words), races="off"):
+        inner = JITFunction.run
 
-    def listen(inner: Any) -> Any:
-        def launched(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             try:
                 launch = record(self, args, grid, kwargs)
                 if (signature := _signature(launch)) not in found:
@@ -92,63 +138,31 @@ def run(program: Sequence[str], out: str | Path) -> int:
                     name = f"{launch.name}#{count + 1}" if count else launch.name
                     found[signature] = to_mapping(replace(launch, name=name))
             except ValueError as error:
-                skipped.append(str(error))
+                print(f"record: left out; {error}", file=sys.stderr)
             return inner(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-        return launched
-
-    with sanitize.session(source=" ".join(program), races="off"):
-        inner = JITFunction.run
-        JITFunction.run = listen(inner)
-        try:
-            failed = _execute(list(program))
-        finally:
-            JITFunction.run = inner
-    for why in dict.fromkeys(skipped):
-        print(f"record: left out; {why}", file=sys.stderr)
-    if not found:
-        why = f": {failed}" if failed else ""
-        raise ValueError(f"record: {' '.join(program)} launched no kernel{why}")
-    path = Path(out)
-    part = path.with_name(path.name + ".part")
-    part.write_text(
-        yaml.safe_dump(list(found.values()), sort_keys=False, default_flow_style=None, width=100),
-        encoding="utf-8",
-    )
-    part.replace(path)
-    if failed:
-        print(f"record: the program failed: {failed}", file=sys.stderr)
-    return len(found)
+        JITFunction.run = run
+        failed = _execute(words)
+    return list(found.values()), failed
 
 
 def _execute(words: list[str]) -> str | None:
-    """Run a program in this process; what it failed with, in one line."""
-    if words[0] in ("python", "python3"):
-        words = words[1:]
-    if not words:
-        raise ValueError("record: a program is SCRIPT.py ..., -m MODULE ..., or pytest ...")
-    before = sys.argv, sys.path[:]
+    """Run a program as Python would; what it failed with, in one line."""
     try:
-        if words[0] == "pytest":
-            words = ["-m", *words]
         if words[0] == "-m":
             sys.argv = words[1:]
             sys.path.insert(0, "")
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        elif Path(words[0]).is_file():
+        else:
             sys.argv = words
             sys.path.insert(0, str(Path(words[0]).resolve().parent))
             runpy.run_path(words[0], run_name="__main__")
-        else:
-            raise ValueError(f"record: {words[0]} is not a file")
     except SystemExit as stop:
-        return f"exit code {stop.code}" if stop.code not in (None, 0) else None
-    except ValueError as error:
-        if str(error).startswith("record:"):
-            raise
-        return f"ValueError: {error}"
+        return f"exit code {int(stop.code)}" if isinstance(stop.code, int) and stop.code else None
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    finally:
-        sys.argv, sys.path[:] = before
     return None
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(_listen(sys.argv[2:])))

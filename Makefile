@@ -1,5 +1,6 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
+# make docs    the pages under docs/ that the lab generates
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-cpu test-interpreted test-sanitized sanitize-attention sanitize-rest lint \
-	clean
+	docs clean
 
 demo: .venv/train
 	$(BIN)/fastgpt demo
@@ -35,6 +36,9 @@ sanitize-attention: .venv/dev
 	$(SANITIZE) tests/test_attention.py
 sanitize-rest: .venv/dev
 	$(SANITIZE) tests --ignore tests/test_attention.py --every-kernel
+
+docs: .venv/dev
+	$(BIN)/fastgpt lab layer_norm attention ffn --with traffic --markdown docs/kernels.md
 
 lint: .venv/dev
 	$(BIN)/ruff check .

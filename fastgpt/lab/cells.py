@@ -8,6 +8,7 @@ from itertools import groupby
 from markupsafe import Markup
 
 from fastgpt.lab import charts
+from fastgpt.lab.cost import per_kflop
 from fastgpt.lab.result import Number, Result, Row, Traffic
 
 
@@ -170,9 +171,13 @@ def legend(found: Sequence[charts.Point], said: dict[int, str], index: int, chip
     return Table(f"roofline-{index}", f"Kernels on the roofline of {chip}", columns, rows)
 
 
+PER_KFLOP = [("cycles", "per useful kFLOP", True), ("instructions", "per useful kFLOP", True)]
+
+
 def cycles(rows: Sequence[Row], said: Sequence[str]) -> Table:
     pipes = list(dict.fromkeys(p for row in rows if row.cost for p in row.cost.cycles))
-    columns = _head(said)
+    products = any(row.cost and row.cost.useful_flops for row in rows)
+    columns = [*_head(said), *(PER_KFLOP if products else [])]
     made = []
     for row, head in zip(rows, _heads(rows, said), strict=True):
         if row.cost is None:
@@ -184,7 +189,12 @@ def cycles(rows: Sequence[Row], said: Sequence[str]) -> Table:
             else short(time, "most" if pipe == row.cost.binding else "", time / longest)
             for pipe in pipes
         ]
-        made.append([*head, *cells])
+        flops, longest = row.cost.useful_flops, row.cost.cycles[row.cost.binding]
+        per = [Cell(), Cell()]
+        if flops:
+            issued = per_kflop(row.loop or row.whole, flops, row.warps)["instructions"]
+            per = [short(longest * 1000 / flops), short(issued)]
+        made.append([*head, *(per if products else []), *cells])
     caption = "Cycles of one multiprocessor for one program, by pipe"
     return Table("cycles-table", caption, columns + [(pipe, "", True) for pipe in pipes], made)
 

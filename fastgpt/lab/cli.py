@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def _study(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     if args.csv:
         _write(args.csv, table.to_csv(result))
     if args.markdown:
-        _write(args.markdown, table.document(result, "Kernels as compiled"))
+        _write(args.markdown, table.document(result, shlex.join(["fastgpt", "lab", *argv])))
     if args.html:
         from fastgpt.lab import page
 

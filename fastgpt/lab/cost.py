@@ -98,6 +98,7 @@ def cost(
         ceiling=useful / cycles[binding] if useful else 0.0,
         serial=useful / (busy + other) if useful else 0.0,
         bound=bound,
+        products=dtype_class,
     )
 
 
@@ -165,9 +166,7 @@ def occupancy(chip: Chip, registers: int, shared: int, warps: int) -> Occupancy:
     return Occupancy(programs, programs * warps, programs * warps / chip.warps, limited_by)
 
 
-def roofline(
-    useful_flops: int, bytes: int, chip: Chip, cost: Cost, dtype_class: str = "16-bit"
-) -> tuple[float, float, str]:
+def roofline(useful_flops: int, bytes: int, chip: Chip, cost: Cost) -> tuple[float, float, str]:
     """Intensity in FLOP/byte, attainable TFLOP/s and what bounds it.
 
     attainable = min(peak x ceiling, bandwidth x intensity); without products, where the ceiling is
@@ -185,7 +184,7 @@ def roofline(
     slope = chip.bandwidth * intensity / 1000
     if cost.bound == "bandwidth":
         return intensity, slope * cost.ceiling, cost.binding
-    flat = chip.peak(dtype_class) * cost.ceiling
+    flat = chip.peak(cost.products) * cost.ceiling
     return intensity, min(flat, slope), cost.binding if flat <= slope else "dram"
 
 
@@ -195,18 +194,3 @@ def per_kflop(counts: Counts, useful_flops: int, warps: int) -> dict[str, float]
         raise ValueError(f"per_kflop: useful_flops >= 1 are needed; got {useful_flops}")
     numbers = {"instructions": counts.instructions} | counts.kinds
     return {kind: n * warps * 1000 / useful_flops for kind, n in numbers.items() if n}
-
-
-def per_element(counts: Counts, chip: Chip, warps: int, elements: int) -> float:
-    """Thread instructions per element: instructions x warps x lanes / elements of a program."""
-    if elements < 1:
-        raise ValueError(f"per_element: elements >= 1 are needed; got {elements}")
-    return counts.instructions * warps * chip.warp_size / elements
-
-
-def budget(chip: Chip, bytes: float) -> float:
-    """Thread instructions per element that issue while memory moves the element's bytes.
-
-    A kernel that needs more (see per_element) cannot run at the speed of memory.
-    """
-    return chip.issue * chip.warp_size * bytes / chip.bytes_a_clock

@@ -91,6 +91,7 @@ class Cost:
             the binding pipe leaves with perfect overlap.
         serial: the same with no overlap at all.
         bound: what ceiling is a share of: "tensor" or "bandwidth".
+        products: the class of products, as the chips' peaks name it: "16-bit", "fp32", ...
     """
 
     cycles: dict[str, float]
@@ -100,6 +101,7 @@ class Cost:
     ceiling: float
     serial: float
     bound: str
+    products: str = "16-bit"
 
 
 @dataclass(frozen=True)

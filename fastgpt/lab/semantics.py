@@ -179,7 +179,8 @@ def run(
         except sanitize.KernelFault as stop:
             made.stop = _told(stop.fault)
         except sanitize.Unjudged as stop:
-            raise ValueError(f"ttsem cannot run it: {stop}") from None
+            why = " ".join(str(stop).split()).partition(" loc(")[0]
+            raise ValueError(f"ttsem cannot run it: {why}") from None
         except mlir.NotGeneric:
             version = import_module("triton").__version__
             raise ValueError(f"ttsem cannot read the IR of Triton {version}") from None

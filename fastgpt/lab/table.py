@@ -5,7 +5,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastgpt.lab.cost import LIMITS
+from fastgpt.lab.chips import chip
+from fastgpt.lab.cost import LIMITS, per_kflop, roofline
 from fastgpt.lab.result import Result, Row, Traffic
 from fastgpt.lab.spec import evaluate
 
@@ -32,7 +33,11 @@ COLUMNS = {
     "ceiling": ("ceiling", "share of peak that it leaves, all else overlapped"),
     "serial": ("serial", "the same with nothing overlapped"),
     "bound": ("of", "what peak: tensor or bandwidth"),
+    "cycles": ("cycles", "of the binding pipe, for one program's pass"),
+    "per_kflop": ("instr/kFLOP", "warp instructions per 1000 useful FLOPs of a program"),
     "traffic": ("traffic", "bytes moved over the least possible"),
+    "intensity": ("FLOP/B", "useful FLOPs per byte, each byte moved once"),
+    "attainable": ("TFLOP/s", "under the roofline: the ceiling, or bandwidth x intensity"),
 }
 SHOWN = (
     "target", "warps", "registers", "spills", "smem", "occupancy", "limited_by", "matrix", "mufu",
@@ -51,7 +56,10 @@ def flat(row: Row, traffic: Sequence[Traffic] = ()) -> Flat:
         )
     body = row.loop or row.whole
     cost, fits = row.cost, row.occupancy
-    ratio = [t.ratio for t in traffic if t.kernel == row.kernel and row.target in t.target.split()]
+    moved = [t for t in traffic if t.kernel == row.kernel and row.target in t.target.split()]
+    last = moved[-1] if moved else None
+    flops = cost.useful_flops if cost else 0
+    roof = flops and cost and last and roofline(last.flops, last.least, chip(row.target), cost)
     return {
         "kernel": row.kernel,
         "target": row.target,
@@ -73,7 +81,11 @@ def flat(row: Row, traffic: Sequence[Traffic] = ()) -> Flat:
         "ceiling": cost and cost.ceiling,
         "serial": cost and cost.serial,
         "bound": cost and cost.bound,
-        "traffic": ratio[-1] if ratio else None,
+        "cycles": cost and cost.cycles[cost.binding],
+        "per_kflop": per_kflop(body, flops, row.warps)["instructions"] if flops else None,
+        "traffic": last and last.ratio,
+        "intensity": roof[0] if roof else None,
+        "attainable": roof[1] if roof else None,
         "error": None,
     }
 
@@ -126,8 +138,11 @@ def report(result: Result) -> str:
     if result.traffic:
         parts.append(_traffic(result))
     if result.checked:
-        lines: list[list[Any]] = [[c.kernel, c.check, c.outcome, c.size] for c in result.checked]
-        parts.append(text(["checked", "for", "outcome", "size"], lines))
+        same: dict[tuple[str, str, str], list[str]] = {}
+        for c in result.checked:
+            same.setdefault((c.kernel, c.size, c.outcome), []).append(c.check)
+        lines: list[list[Any]] = [[k, s, o, ", ".join(of)] for (k, s, o), of in same.items()]
+        parts.append(text(["checked", "size", "outcome", "of"], lines))
     for f in result.findings:
         parts.append(f"{f.kernel}: {f.check} at {f.where or 'an unknown line'}: {f.what}")
     if result.numbers:
@@ -199,12 +214,14 @@ DOCUMENTED = (
 )  # fmt: skip
 
 
-def document(result: Result, title: str) -> str:
-    """The rows as a page of Markdown: a table a kernel."""
-    parts = [f"# {title}"]
-    said = [f"{COLUMNS[c][0]}: {COLUMNS[c][1]}" for c in DOCUMENTED if c != "target"]
-    parts.append(f"Triton {result.versions['triton']}. " + "; ".join(said) + ".")
-    parts.append(LIMITS)
+def document(result: Result, command: str) -> str:
+    """The rows as a page of Markdown: a table a kernel, under the command that made it."""
+    parts = [
+        "# Kernels as compiled",
+        f"Made by `{command}` with Triton {result.versions['triton']}.",
+    ]
+    legend = [f"- {COLUMNS[c][0]}: {COLUMNS[c][1]}" for c in DOCUMENTED if c != "target"]
+    parts += ["\n".join(legend), LIMITS]
     for kernel in dict.fromkeys(r.kernel for r in result.rows):
         rows = [r for r in result.rows if r.kernel == kernel]
         parts.append(f"## {kernel}")

@@ -10,7 +10,8 @@ import torch
 import triton
 
 from fastgpt import __version__
-from fastgpt.lab import analyse, cases, launch, revision, spec
+from fastgpt.lab import analyse, cases, revision, spec
+from fastgpt.lab import launch as launches
 from fastgpt.lab.chips import TARGETS, chip
 from fastgpt.lab.compile import present
 from fastgpt.lab.launch import Launch
@@ -80,14 +81,14 @@ def _subject(said: str, by_hand: Spec | None) -> Subject:
             raise ValueError(f"lab: {name} is not a file")
         found = spec.read(name)
     elif name.endswith(".py"):
-        kernels = launch.kernels_in(launch.load_module(name))
+        kernels = launches.kernels_in(launches.load_module(name))
         there = f"its kernels are {', '.join(kernels)}" if kernels else "it has no kernel"
         raise ValueError(f"lab: a kernel is named {name}:FUNCTION; {there}")
     elif ":" in name:
-        value = launch.load(name)
-        if launch.is_kernel(value):
+        value = launches.load(name)
+        if launches.is_kernel(value):
             if by_hand is None:
-                names = ", ".join(p.name for p in launch.unwrap(value).params)
+                names = ", ".join(p.name for p in launches.unwrap(value).params)
                 raise ValueError(f"lab: {name} needs --args for its parameters {names}")
             found = [replace(by_hand, kernel=name)]
         else:
@@ -156,14 +157,16 @@ def study(
 
 def _launches(subjects: Sequence[Subject], target: str, configs: str) -> list[Launch]:
     """All of them; a kernel that several ops launch in one variant is there once."""
-    found = [one for s in subjects if s.op is None for one in s.launches(target, configs)]
-    shared = {
-        (one.name, repr(one.variant)): one
-        for s in reversed(subjects)
-        if s.op is not None
-        for one in reversed(s.launches(target, configs))
-    }
-    return [*reversed(shared.values()), *found]
+    found: list[Launch] = []
+    seen: set[tuple[str, str]] = set()
+    for one_of in subjects:
+        for launch in one_of.launches(target, configs):
+            key = launch.name, repr(launch.variant)
+            if one_of.op is None or key not in seen:
+                found.append(launch)
+            if one_of.op is not None:
+                seen.add(key)
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ setup(
             *TRAIN,
             *LAB,
             "hypothesis>=6.100",
+            "liger-kernel>=0.8",  # a peer's kernels, for the lab
             "kernels>=0.17",  # beside which fastgpt.kernels must import
             "mypy>=1.15",
             "playwright>=1.49",

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgpt.lab.chips import chip
 from fastgpt.lab.cost import LIMITS, per_kflop, roofline
-from fastgpt.lab.result import Result, Row, Traffic
+from fastgpt.lab.result import Number, Result, Row, Traffic
 from fastgpt.lab.spec import evaluate
 
 Flat = dict[str, Any]
@@ -146,16 +146,7 @@ def report(result: Result) -> str:
     for f in result.findings:
         parts.append(f"{f.kernel}: {f.check} at {f.where or 'an unknown line'}: {f.what}")
     if result.numbers:
-        parts.append(
-            text(
-                ["error of", "dtype", "shape", "in", "kernel", "PyTorch", "allowed", "verdict"],
-                [
-                    [n.op, n.dtype, n.shape, n.what, f"{n.kernel:.1e}", f"{n.pytorch:.1e}",
-                     f"{n.allowed:.1e}", "agrees" if n.agrees else "DISAGREES"]
-                    for n in result.numbers
-                ],
-            )
-        )  # fmt: skip
+        parts.append(_numbers(result.numbers))
     if result.saved:
         lines = [[s.what, s.provider, round(s.bytes / 2**20, 2), s.shape] for s in result.saved]
         parts.append(text(["saved for backward by", "provider", "MiB", "shape"], lines))
@@ -163,6 +154,22 @@ def report(result: Result) -> str:
         lines = [[h.what, round(h.microseconds, 1), h.launches] for h in result.host]
         parts.append(text(["host cost of", "us", "launches"], lines))
     return "\n\n".join(filter(None, parts))
+
+
+def _numbers(found: Sequence[Number]) -> str:
+    """The worst of all shapes for each op, dtype and tensor."""
+    of: dict[tuple[str, str, str], list[Number]] = {}
+    for n in found:
+        of.setdefault((n.op, n.dtype, n.what), []).append(n)
+    lines = []
+    for (op, dtype, what), group in of.items():
+        worst = max(group, key=lambda n: n.kernel / n.allowed)
+        agree = sum(n.agrees for n in group)
+        verdict = f"{agree} of {len(group)} agree"
+        errors = [f"{e:.1e}" for e in (worst.kernel, worst.pytorch, worst.allowed)]
+        lines.append([op, what, dtype, *errors, worst.shape, verdict])
+    heads = ["error of", "in", "dtype", "kernel", "PyTorch", "allowed", "worst at", "shapes"]
+    return text(heads, lines)
 
 
 def _traffic(result: Result) -> str:

@@ -287,6 +287,17 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "is not a file" in said("record", "nowhere.py")
 
 
+def test_what_is_good_is_reported_beside_what_is_bad(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = str(ROOT / "examples" / "lab" / "softmax.yaml")
+    words = ["lab", "softmax", spec, "nowhere.yaml", "--target", "sm_80", "sm_81", "--workers", "0"]
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert re.search(r"^sm_80 +4 ", said.out, re.M) and "\n1 kernel on 1 chip in " in said.out
+    errors = said.err.splitlines()
+    assert len(errors) == 3 and "'sm_81'" in errors[0] and "'softmax'" in errors[1], errors
+    assert errors[2] == "lab: nowhere.yaml is not a file"
+
+
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgpt.lab import analyse
 

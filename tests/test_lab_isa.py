@@ -12,7 +12,7 @@ import triton.language as tl
 from fastgpt.kernels.attention import attention_fwd
 from fastgpt.kernels.layer_norm import layer_norm_fwd
 from fastgpt.lab import amdgcn, sass
-from fastgpt.lab.compile import Kernel, offline
+from fastgpt.lab.compile import Kernel, offline, tool
 from fastgpt.lab.flow import control_flow
 from fastgpt.lab.isa import Disassembly, Dot, disassemble, dots, loop_flops, warp_specialised
 from fastgpt.lab.lines import resolved
@@ -391,11 +391,11 @@ def test_missing_code_and_missing_tools_are_named(
         disassemble({"cubin": b"no ELF"}, "sm_90")
     monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    sass._nvdisasm.cache_clear()
-    with pytest.raises(RuntimeError, match="nvdisasm: must be in the triton wheel"):
+    tool.cache_clear()
+    with pytest.raises(FileNotFoundError, match="nvdisasm: must be in the triton wheel"):
         disassemble({"cubin": b""}, "sm_90")
     monkeypatch.undo()
-    sass._nvdisasm.cache_clear()
+    tool.cache_clear()
 
 
 @triton.jit

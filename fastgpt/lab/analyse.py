@@ -42,8 +42,9 @@ def analyse(launch: Launch, target: str) -> Row:
         return row
     except Exception as error:  # whatever a compiler, a tool or a kernel's module raises
         why = " ".join(str(error).split())
-        said = why if isinstance(error, ValueError) else f"{type(error).__name__}: {why}"
-        return Row(launch.name, target, shown(launch.variant), error=said)
+        if not isinstance(error, (ValueError, FileNotFoundError)):
+            why = f"{type(error).__name__}: {why}"
+        return Row(launch.name, target, shown(launch.variant), error=why)
 
 
 def _analyse(launch: Launch, target: str) -> Row:

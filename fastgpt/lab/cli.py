@@ -95,6 +95,7 @@ def _parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 def _study(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     args = _parser(kind).parse_args(argv)
     from fastgpt.lab import table
+    from fastgpt.lab.chips import TARGETS
     from fastgpt.lab.result import to_json
     from fastgpt.lab.spec import Spec
     from fastgpt.lab.workbench import SECTIONS, study, subject
@@ -109,13 +110,22 @@ def _study(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
             options=_pairs(args.options, "--options"),
             sizes=_pairs(args.sizes, "--sizes"),
         )
-    subjects = [subject(name, by_hand) for name in args.kernels]
+    targets, bad = _known(args.target)
+    subjects = []
+    for name in args.kernels:
+        try:
+            found = subject(name, by_hand)
+            found.launches((targets or TARGETS)[0], "first")  # its arguments fit its signature
+            subjects.append(found)
+        except ValueError as error:
+            bad.append(str(error))
+    for line in bad:
+        print(line, file=sys.stderr)
+    if not subjects or not targets:
+        return 2
     sections = SECTIONS if "all" in args.sections else args.sections
     with _Progress() as progress:
-        result = study(
-            subjects, list(dict.fromkeys(args.target)), sections, args.configs, args.workers,
-            progress.say,
-        )  # fmt: skip
+        result = study(subjects, targets, sections, args.configs, args.workers, progress.say)
     to_stdout = "-" in (args.json, args.csv)
     if not to_stdout:
         print(table.report(result))
@@ -135,9 +145,15 @@ def _study(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     if not to_stdout:
         kernels = len({row.kernel for row in result.rows})
         chips = len({row.target for row in result.rows})
-        print(f"\n{kernels} kernels, {chips} chips, {result.seconds:.0f} s", end="")
-        print(f"; the gate {'is broken' if broken else 'holds'}" if args.gate else "")
+        said = [f"{_many(kernels, 'kernel')} on {_many(chips, 'chip')} in {result.seconds:.0f} s"]
+        if any(row.cost for row in result.rows):
+            said.append("ceilings bound a speed and do not predict it (docs/lab.md)")
+        if args.gate:
+            said.append(f"the gate {'is broken' if broken else 'holds'}")
+        print("\n" + "; ".join(said))
     faults = result.findings or any(row.error for row in result.rows)
+    if bad:
+        return 2
     return 1 if broken or faults or any(not n.agrees for n in result.numbers) else 0
 
 
@@ -192,6 +208,23 @@ def _record(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     count = run(program, args.out)
     print(f"{count} launches written to {args.out}; next: fastgpt lab {args.out}")
     return 0
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _known(targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The targets that are known, each once, and a line for each that is not."""
+    from fastgpt.lab.chips import TARGETS, chip
+
+    bad = []
+    for target in targets:
+        try:
+            chip(target)
+        except ValueError as error:
+            bad.append(f"lab: {error}")
+    return [t for t in dict.fromkeys(targets) if t in TARGETS], bad
 
 
 def _gate_makes_sense(rule: str | None) -> None:

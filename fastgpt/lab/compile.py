@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,15 +89,18 @@ def resources(binary: Any) -> Resources:
 
 @functools.cache
 def tool(name: str) -> str:
-    """A program of NVIDIA's that comes in the triton wheel.
+    """A program of NVIDIA's: that of the triton wheel, else a CUDA toolkit's.
 
     Raises:
-        FileNotFoundError: this build of Triton has none.
+        FileNotFoundError: there is neither.
     """
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.is_file():
-        raise FileNotFoundError(2, "this build of triton came without it", str(path))
-    return str(path)
+    wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found = str(wheel) if wheel.is_file() else shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(
+            f"{name}: must be in the triton wheel or, with a CUDA toolkit, on PATH; got neither"
+        )
+    return found
 
 
 def gpu_target(target: str) -> GPUTarget:

@@ -114,7 +114,7 @@ def disassemble(asm: Mapping[str, Any], target: str) -> Disassembly:
 
     Raises:
         ValueError: asm lacks the target's machine code.
-        RuntimeError: nvdisasm is missing.
+        FileNotFoundError: nvdisasm is missing.
     """
     form = "cubin" if target.startswith("sm_") else "amdgcn"
     if form not in asm:

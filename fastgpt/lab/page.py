@@ -16,6 +16,7 @@ from fastgpt.lab import cells, charts, cost
 from fastgpt.lab.cells import Cell, Table, count
 from fastgpt.lab.chips import CHIPS
 from fastgpt.lab.result import Line, Result, Row
+from fastgpt.lab.table import notes
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def render(result: Result) -> str:
     return environment.get_template("page.html").render(
         result=result,
         kernels=len({row.kernel for row in rows}),
-        notes=result.notes,
+        notes=notes(result),
         limits=cost.LIMITS,
         summary=cells.summary(rows, said) if rows else None,
         broken=sum(map(cells.breaks_rule, rows)),

@@ -13,14 +13,10 @@ a path of their own, not the shared memory's bandwidth.
 
 import math
 import re
-import shutil
 import subprocess
 import tempfile
-from functools import cache
-from pathlib import Path
 
-import triton
-
+from fastgpt.lab.compile import tool
 from fastgpt.lab.flow import Instruction, Step
 from fastgpt.lab.lines import Location, innermost
 
@@ -151,33 +147,18 @@ def _step(instruction: Instruction, predicate: str | None, operands: str) -> Ste
     return Step(instruction)
 
 
-@cache
-def _nvdisasm() -> str:
-    """nvdisasm of the triton wheel, or of a CUDA toolkit.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    wheel = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    found = str(wheel) if wheel.exists() else shutil.which("nvdisasm")
-    if found is None:
-        raise RuntimeError(
-            "nvdisasm: must be in the triton wheel (backends/nvidia/bin) or on PATH with a CUDA "
-            "toolkit; got neither"
-        )
-    return found
-
-
 def disassembled(cubin: bytes) -> str:
     """What nvdisasm writes for a cubin, with source lines.
 
     Raises:
-        RuntimeError: nvdisasm is missing or cannot read the cubin.
+        FileNotFoundError: nvdisasm is missing.
+        RuntimeError: it cannot read the cubin.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([_nvdisasm(), "-c", "-gi", file.name], capture_output=True, text=True)
+        command = [tool("nvdisasm"), "-c", "-gi", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvdisasm: must read the cubin; got {done.stderr.strip()!r}")
     return done.stdout

@@ -133,8 +133,12 @@ def report(result: Result) -> str:
     for kernel in dict.fromkeys(r.kernel for r in result.rows if r.error is None):
         rows = [r for r in result.rows if r.kernel == kernel and r.error is None]
         parts.append(_of_kernel(kernel, rows, result.traffic))
-    failed = [f"{r.kernel} {r.target}: {r.error}" for r in result.rows if r.error is not None]
-    parts.append("\n".join([*failed, *result.notes]))
+    failed: dict[tuple[str, str], list[str]] = {}
+    for r in result.rows:
+        if r.error is not None:
+            failed.setdefault((r.kernel, r.error), []).append(r.target)
+    errors = [f"{kernel} {' '.join(on)}: {error}" for (kernel, error), on in failed.items()]
+    parts.append("\n".join([*errors, *notes(result)]))
     if result.traffic:
         parts.append(_traffic(result))
     if result.checked:
@@ -154,6 +158,17 @@ def report(result: Result) -> str:
         lines = [[h.what, round(h.microseconds, 1), h.launches] for h in result.host]
         parts.append(text(["host cost of", "us", "launches"], lines))
     return "\n\n".join(filter(None, parts))
+
+
+def notes(result: Result) -> list[str]:
+    """What is to be said of rows, once for all targets of a kernel, and of the run."""
+    of: dict[tuple[str, str], list[str]] = {}
+    for row in result.rows:
+        for note in row.notes:
+            of.setdefault((row.kernel, note), []).append(row.target)
+    return [f"{kernel} {' '.join(on)}: {note}" for (kernel, note), on in of.items()] + [
+        *result.notes
+    ]
 
 
 def _numbers(found: Sequence[Number]) -> str:
@@ -245,7 +260,7 @@ def document(result: Result, command: str) -> str:
         if good:
             parts.append(markdown(heads, cells))
         parts += [f"{r.target}: {r.error}" for r in rows if r.error is not None]
-    parts += result.notes
+    parts += notes(result)
     return "\n\n".join(parts) + "\n"
 
 

@@ -20,6 +20,7 @@ from fastgpt.lab.spec import Spec
 
 # In the order they run: what is timed comes first.
 SECTIONS = ("host", "memory", "traffic", "sanitize", "numbers")
+TIMEOUT = 300.0  # seconds for one launch that is run here
 Progress = Callable[[str, int, int], None]
 
 
@@ -189,7 +190,8 @@ def _run_sections(
     """The sections that run kernels on this machine."""
     from fastgpt.lab import host, memory, numbers, sanitize
 
-    ops = [cases.parse(s.op) for s in subjects if s.op and s.kernels is None]
+    subjects = [s for s in subjects if s.kernels is None]  # another revision's are compiled only
+    ops = [cases.parse(s.op) for s in subjects if s.op]
     names = list(dict.fromkeys(name for name, _ in ops))
     usable = [t for t in targets if not cases.refused(t)] or list(targets)
 
@@ -217,11 +219,14 @@ def _run_sections(
             moved, uncounted = _traffic(subjects, usable)
             result = replace(result, traffic=moved, checked=(*result.checked, *uncounted))
         elif section == "sanitize":
-            checked, findings = sanitize.check(smallest)
+            checked, findings = sanitize.check(smallest, TIMEOUT)
             result = replace(result, checked=(*result.checked, *checked), findings=tuple(findings))
         elif section == "numbers":
             given = [one for one in small if one.reference]
-            for errors, outcomes in (numbers.ops(names), numbers.launches(given)):
+            for errors, outcomes in (
+                numbers.ops(names, timeout=TIMEOUT),
+                numbers.launches(given, TIMEOUT),
+            ):
                 failed = [o for o in outcomes if o.outcome not in ("clean", "found")]
                 result = replace(
                     result,
@@ -250,7 +255,7 @@ def _traffic(
     rows: list[Traffic] = []
     failed: list[Checked] = []
     for same, group in together.items():
-        made, outcomes = measure(group, same)
+        made, outcomes = measure(group, same, TIMEOUT)
         rows += made
         failed += [o for o in outcomes if o.outcome != "counted"]
     return tuple(rows), tuple(failed)

@@ -1,7 +1,8 @@
 """fastgpt's own kernels as the lab sees them: what the ops launch, forward and backward.
 
 An op is named as in `fastgpt.ops`, with sizes if others are wanted than GPT-2's:
-"attention", "attention:D=128,dropout_p=0.1", "layer_norm:N=4096", "ffn:C=1024".
+"attention", "attention:D=128,dropout_p=0.1", "layer_norm:N=4096", "ffn:C=1024"; or one kernel of
+it, "attention._dq_kernel:D=128".
 """
 
 from collections.abc import Callable
@@ -96,6 +97,7 @@ def parse(said: str) -> tuple[str, Sizes]:
         ValueError: there is no such op, or it has no such size.
     """
     name, _, rest = said.partition(":")
+    name = name.partition(".")[0]
     if name not in OPS:
         raise ValueError(f"lab: fastgpt's ops are {', '.join(OPS)}; got {name!r}")
     sizes = dict(OPS[name].sizes)
@@ -110,6 +112,11 @@ def parse(said: str) -> tuple[str, Sizes]:
             raise ValueError(f"lab: {name}:{key} must be {kind}; got {value!r}") from None
     if sizes["dtype"] not in ("bf16", "f16", "f32"):
         raise ValueError(f"lab: {name}:dtype must be bf16, f16 or f32; got {sizes['dtype']!r}")
+    wrong = [f"{key}={n}" for key, n in sizes.items() if isinstance(n, int) and n < 1]
+    if wrong or not 0.0 <= sizes.get("dropout_p", 0.0) < 1.0:
+        raise ValueError(
+            f"lab: sizes of {name} must be at least 1 and dropout_p in [0, 1); got {rest}"
+        )
     return name, sizes
 
 
@@ -119,21 +126,35 @@ def launches(said: str, target: str) -> list[Launch]:
     Raises:
         ValueError: there is no such op, or it has no such size.
     """
-    name, sizes = parse(said)
-    return _once(name, sizes, target)
+    return _once(said, {}, target)
 
 
 def small_launches(said: str, target: str) -> list[Launch]:
     """The same at the small sizes, the tiles being those of the target."""
-    name, sizes = parse(said)
+    name, _ = parse(said)
     made = []
     for small in OPS[name].small:
         label = ", ".join(f"{k}={v}" for k, v in small.items())
-        made += [replace(one, size=label) for one in _once(name, sizes | small, target)]
+        made += [replace(one, size=label) for one in _once(said, small, target)]
     return made
 
 
-def _once(name: str, sizes: Sizes, target: str) -> list[Launch]:
-    with capture(target) as found, torch.device("meta"):  # products of the vendor's cost nothing
-        OPS[name].launch(sizes)
-    return list({launch.name: launch for launch in found}.values())
+def _once(said: str, other: Sizes, target: str) -> list[Launch]:
+    """What an op launches at its sizes, or at other ones; or the one kernel of it that is named."""
+    name, sizes = parse(said)
+    _, dot, kernel = said.partition(":")[0].partition(".")
+    try:
+        with capture(target) as found, torch.device("meta"):  # the vendor's products cost nothing
+            OPS[name].launch(sizes | other)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"lab: {said} cannot be launched; {type(error).__name__}: {error}"
+        ) from error
+    once = {launch.name: launch for launch in found}
+    if dot:
+        wanted = {n: launch for n, launch in once.items() if n.endswith(f".{kernel}")}
+        if not wanted:
+            names = ", ".join(n.partition(".")[2] for n in once)
+            raise ValueError(f"lab: the kernels of {name} are {names}; got {kernel!r}")
+        return list(wanted.values())
+    return list(once.values())

@@ -12,7 +12,8 @@ from typing import Any
 
 EXAMPLES = """\
 a kernel is
-  layer_norm, attention, ffn      fastgpt's own; attention:D=128,dropout_p=0.1 for other sizes
+  layer_norm, attention, ffn      fastgpt's own; attention:D=128,dropout_p=0.1 for other sizes,
+                                  attention._dq_kernel for one kernel alone
   FILE.yaml                       a spec, or launches that `fastgpt lab record` wrote
   FILE.py:KERNEL --args ...       a @triton.jit function and its arguments
   FILE.py:NAME                    a fastgpt.lab.Spec, or a list of them

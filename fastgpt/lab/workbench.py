@@ -1,6 +1,7 @@
 """One run of the lab: what is asked about which kernels, put together into a Result."""
 
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +75,8 @@ def _subject(said: str, by_hand: Spec | None) -> Subject:
     name, at, commit = said.rpartition("@")
     if not at:
         name, commit = said, ""
-    if name.partition(":")[0] in cases.OPS:
+    own = re.fullmatch(r"(\w+)(\._\w+)?(:.*)?", name)
+    if own and own[1] in cases.OPS:
         cases.parse(name)
         return Subject(said, op=name, kernels=revision.own_kernels(commit) if commit else None)
     if name.endswith((".yaml", ".yml")):

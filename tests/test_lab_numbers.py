@@ -11,7 +11,7 @@ from fastgpt.lab.result import Checked, Number
 
 RIGHT, WRONG = "tests/lab_kernels/right.py", "tests/lab_kernels/wrong.py"
 TANH_GELU, SIGMOID_GELU = 1.5957691216057308, 1.702  # 2 sqrt(2 / pi); another approximation's
-needs_ttsem = pytest.mark.skipif(not semantics.available(), reason="needs ttsem")
+needs_ttsem = pytest.mark.skipif(not semantics.available(), reason=semantics.MISSING)
 
 
 def gelu(dtype: str, factor: float, reference: str = f"{RIGHT}:gelu_reference") -> Launch:

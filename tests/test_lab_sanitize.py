@@ -9,7 +9,7 @@ from fastgpt.lab import sanitize, semantics
 from fastgpt.lab.launch import DescriptorArg, Launch, TensorArg
 from fastgpt.lab.sanitize import CHECKS
 
-pytestmark = pytest.mark.skipif(not semantics.available(), reason="needs ttsem")
+pytestmark = pytest.mark.skipif(not semantics.available(), reason=semantics.MISSING)
 
 RIGHT, WRONG = "tests/lab_kernels/right.py", "tests/lab_kernels/wrong.py"
 

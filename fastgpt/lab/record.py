@@ -11,12 +11,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fastgpt.lab import semantics
 from fastgpt.lab.launch import DescriptorArg, Launch, TensorArg
 
 
@@ -74,13 +74,11 @@ def run(program: Sequence[str], out: str | Path) -> int:
 
     Raises:
         ValueError: the program is not there, or launches nothing.
-        ImportError: ttsem is not installed.
+        ImportError: ttsem is not installed, or Triton too old for it.
     """
     words = _words(program)
-    if find_spec("ttsem") is None:
-        raise ImportError(
-            "record: ttsem is needed; pip install --no-deps --ignore-requires-python ttsem"
-        )
+    if not semantics.available():
+        raise ImportError(f"record: {semantics.MISSING}")
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "fastgpt.lab.record", str(answer), *words]

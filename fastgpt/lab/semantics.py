@@ -21,15 +21,19 @@ from torch import Tensor
 from fastgpt.lab.launch import DescriptorArg, Launch, descriptor, load_kernel
 
 CHIP = 90  # what is compiled for; the IR that is executed is still that of any chip
-MISSING = "not run: pip install --no-deps --ignore-requires-python ttsem"
+MISSING = (
+    "not run: needs Triton 3.7 or newer and ttsem, which "
+    "pip install --no-deps --ignore-requires-python ttsem gives"
+)
 GUARD = 1 << 26  # bytes on both sides of a storage; pages that nothing touches take no memory
 
 Bools = npt.NDArray[np.bool_]
 
 
 def available() -> bool:
-    """Whether ttsem is installed."""
-    return find_spec("ttsem") is not None
+    """Whether ttsem is installed, and a Triton whose IR it reads."""
+    oldest = [int(n) for n in import_module("triton").__version__.split(".")[:2]] >= [3, 7]
+    return oldest and find_spec("ttsem") is not None
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def run(
     Raises:
         ValueError: the launch has no grid, or ttsem cannot execute the kernel; says why.
     """
-    from ttsem import harness, interp, memory, mlir, sanitize
+    from ttsem import harness, interp, memory, sanitize
 
     if launch.grid is None:
         raise ValueError(f"lab: {launch.name} has no grid: it can be compiled, but not run")
@@ -181,9 +185,6 @@ def run(
         except sanitize.Unjudged as stop:
             why = " ".join(str(stop).split()).partition(" loc(")[0]
             raise ValueError(f"ttsem cannot run it: {why}") from None
-        except mlir.NotGeneric:
-            version = import_module("triton").__version__
-            raise ValueError(f"ttsem cannot read the IR of Triton {version}") from None
     made.races = [(_at(f.source_file, f.source_line), f.detail) for f in session.races]
     made.races_unchecked = session.races_unchecked > 0
     made.valueless = [at for op in valueless if (at := made.line(op))]

@@ -197,6 +197,13 @@ def _generate(argv: list[str]) -> int:
 
 
 def _lab(argv: list[str]) -> int:
-    from fastgpt.lab.cli import main as lab
+    try:
+        from fastgpt.lab.cli import main as lab
 
-    return lab(argv, _Parser)
+        return lab(argv, _Parser)
+    except ModuleNotFoundError as error:
+        if error.name not in ("triton", "yaml", "jinja2"):
+            raise
+        raise ImportError(
+            f"lab: needs the package {error.name}; pip install 'fastgpt-triton[lab]'"
+        ) from None

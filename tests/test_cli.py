@@ -117,7 +117,7 @@ def test_print_config_prints_a_config(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["demo", "--help"], ["train", "-h"], ["generate", "-h"]]
+    "args", [["--help"], ["demo", "--help"], ["train", "-h"], ["generate", "-h"], ["lab", "-h"]]
 )
 def test_help_helps(args: list[str]) -> None:
     made = command(*args)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,14 @@ def test_what_is_good_is_reported_beside_what_is_bad(capsys: pytest.CaptureFixtu
     errors = said.err.splitlines()
     assert len(errors) == 3 and "'sm_81'" in errors[0] and "'softmax'" in errors[1], errors
     assert errors[2] == "lab: nowhere.yaml is not a file"
+
+
+def test_a_missing_package_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    said = one_line(capsys, str(ROOT / "examples" / "lab" / "softmax.yaml"))
+    assert said == "lab: needs the package yaml; pip install 'fastgpt-triton[lab]'"
 
 
 def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

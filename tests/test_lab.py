@@ -109,6 +109,15 @@ def test_seeded_bug_a_scalar_load_breaks_the_gate() -> None:
     assert lab.gate(result, "wide >= 0.5") == ["costly.strided sm_90: wide 0.00"]
 
 
+def test_what_a_row_does_not_have_breaks_no_rule_and_traffic_must_be_counted() -> None:
+    result = run(copy_spec())
+    assert result.rows[0].cost is not None and result.rows[0].cost.useful_flops == 0
+    assert lab.gate(result, "per_kflop < 1 and spills == 0") == []
+    assert lab.gate(result, "per_kflop < 1 and registers < 2") != []
+    with pytest.raises(ValueError, match="traffic is counted --with traffic"):
+        lab.gate(result, "traffic <= 1.1")
+
+
 def test_a_kernel_that_does_not_compile_is_reported_with_its_line_beside_the_others() -> None:
     spec = lab.Spec(f"{COSTLY}:fails", {"x_ptr": "bf16[N]", "BLOCK": "N"}, sizes={"N": 128})
     result = run(spec, copy_spec(), targets=("sm_80", "gfx942"))
@@ -286,6 +295,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "missing BLOCK; unknown BLOK" in said(f"{RIGHT}:copy", *own[:-1], "BLOK=64")
     assert "got 'f17'" in said(f"{RIGHT}:copy", "--args", "x_ptr=f17[64]", *own[2:])
     assert "got 'spils'" in said("layer_norm", "--gate", "spils == 0")
+    assert "--with traffic" in said("layer_norm", "--gate", "traffic < 2")
     assert "NAME=VALUE" in said(f"{RIGHT}:copy", "--args", "x_ptr")
     assert "is not a file" in said("record", "nowhere.py")
 

@@ -101,7 +101,9 @@ def _study(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     from fastgpt.lab.spec import Spec
     from fastgpt.lab.workbench import SECTIONS, study, subject
 
-    _gate_makes_sense(args.gate)
+    sections = SECTIONS if "all" in args.sections else args.sections
+    if args.gate:  # before minutes of work
+        table.check_rule(args.gate, "traffic" in sections)
     by_hand = None
     if args.args:
         by_hand = Spec(
@@ -124,7 +126,6 @@ def _study(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
         print(line, file=sys.stderr)
     if not subjects or not targets:
         return 2
-    sections = SECTIONS if "all" in args.sections else args.sections
     with _Progress() as progress:
         result = study(subjects, targets, sections, args.configs, args.workers, progress.say)
     to_stdout = "-" in (args.json, args.csv)
@@ -173,7 +174,8 @@ def _compare(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     from fastgpt.lab.result import Result
     from fastgpt.lab.workbench import study, subject
 
-    _gate_makes_sense(args.gate)
+    if args.gate:
+        table.check_rule(args.gate, traffic=False)
     sides: list[Result] = []
     with _Progress() as progress:
         for name in (args.before, args.after):
@@ -226,21 +228,6 @@ def _known(targets: Sequence[str]) -> tuple[list[str], list[str]]:
         except ValueError as error:
             bad.append(f"lab: {error}")
     return [t for t in dict.fromkeys(targets) if t in TARGETS], bad
-
-
-def _gate_makes_sense(rule: str | None) -> None:
-    """Before minutes of work: that a gate is an expression of columns.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if rule is None:
-        return
-    from fastgpt.lab.spec import evaluate
-    from fastgpt.lab.table import COLUMNS
-
-    words = ("kernel", "target", "limited_by", "binding", "bound")
-    evaluate(rule, {name: "" if name in words else 1 for name in COLUMNS})
 
 
 def _pairs(said: Sequence[str], option: str) -> dict[str, Any]:

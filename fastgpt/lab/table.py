@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -178,7 +179,7 @@ def _numbers(found: Sequence[Number]) -> str:
         of.setdefault((n.op, n.dtype, n.what), []).append(n)
     lines = []
     for (op, dtype, what), group in of.items():
-        worst = max(group, key=lambda n: n.kernel / n.allowed)
+        worst = max(group, key=lambda n: (not n.agrees, n.kernel / n.allowed))
         agree = sum(n.agrees for n in group)
         verdict = f"{agree} of {len(group)} agree"
         errors = [f"{e:.1e}" for e in (worst.kernel, worst.pytorch, worst.allowed)]
@@ -287,24 +288,54 @@ def to_csv(result: Result) -> str:
     return out.getvalue()
 
 
+class _Absent:
+    """Stands for what a row does not have: no comparison with it is broken."""
+
+    def _holds(self, other: object) -> bool:
+        return True
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _holds
+    __hash__ = None  # type: ignore[assignment]
+
+
+def check_rule(rule: str, traffic: bool) -> None:
+    """That a gate is an expression of columns, and that those are known which it asks for.
+
+    Args:
+        traffic: whether traffic is counted.
+
+    Raises:
+        ValueError: it is not.
+    """
+    words = ("kernel", "target", "limited_by", "binding", "bound")
+    evaluate(rule, {name: "" if name in words else 1 for name in COLUMNS})
+    needs = [name for name in ("traffic", "intensity", "attainable") if name in rule]
+    if needs and not traffic:
+        raise ValueError(f"gate: {needs[0]} is counted --with traffic; got no traffic")
+
+
 def gate(result: Result, rule: str) -> list[str]:
     """The rows that break a rule, each in one line; a kernel that did not compile breaks any.
 
     Args:
-        rule: an expression of COLUMNS: "spills == 0 and smem <= limit".
+        rule: an expression of COLUMNS: "spills == 0 and smem <= limit". What a row does not have,
+            as redundancy without products, breaks none.
 
     Raises:
-        ValueError: the rule is no such expression, or names what is no column.
+        ValueError: the rule is no such expression, names what is no column, or asks for traffic
+            that was not counted.
     """
+    check_rule(rule, bool(result.traffic))
     broken = []
     for row in result.rows:
         values = flat(row, result.traffic)
         if row.error is not None:
             broken.append(f"{row.kernel} {row.target}: {row.error}")
             continue
-        known = {name: value for name, value in values.items() if name in COLUMNS}
-        if not evaluate(rule, known):
-            used = {n: v for n, v in known.items() if n in rule and n not in ("kernel", "target")}
+        known = {name: values[name] for name in COLUMNS}
+        if not evaluate(rule, {n: _Absent() if v is None else v for n, v in known.items()}):
+            words = set(re.findall(r"\w+", rule)) - {"kernel", "target"}
+            used = {name: value for name, value in known.items() if name in words}
             said = ", ".join(f"{n} {shown(v)}" for n, v in used.items())
             broken.append(f"{row.kernel} {row.target}: {said}")
     return broken

@@ -171,6 +171,32 @@ def legend(found: Sequence[charts.Point], said: dict[int, str], index: int, chip
     return Table(f"roofline-{index}", f"Kernels on the roofline of {chip}", columns, rows)
 
 
+def accesses(rows: Sequence[Row], said: dict[int, str], index: int, chip: str) -> Table:
+    """Matrix instructions by opcode, memory accesses by bytes a lane, barriers."""
+    columns = [
+        ("Kernel", "", False), ("Variant", "", False), ("Matrix", "", False),
+        ("Global", "loads", False), ("Global", "stores", False), ("Global", "to shared", False),
+        ("Shared", "loads", False), ("Shared", "stores", False), ("Barriers", "", True),
+    ]  # fmt: skip
+    kinds = ("global_load", "global_store", "global_async", "shared_load", "shared_store")
+
+    def cells(row: Row) -> list[Cell]:
+        body = row.loop or row.whole
+        opcodes = ", ".join(f"{name} × {n}" for name, n in sorted(body.matrix.items()))
+        by_width = [
+            ", ".join(
+                f"{f'{width} B' if width else 'bulk'} × {n}"
+                for width, n in sorted(body.widths.get(kind, {}).items(), reverse=True)
+            )
+            for kind in kinds
+        ]
+        texts = [row.kernel, said[id(row)], opcodes, *by_width]
+        return [*(Cell(text or "–") for text in texts), count(body.kinds.get("barrier", 0))]
+
+    caption = f"Matrix instructions, and memory accesses by bytes a lane, on {chip}"
+    return Table(f"accesses-{index}", caption, columns, [cells(row) for row in rows])
+
+
 PER_KFLOP = [("cycles", "per useful kFLOP", True), ("instructions", "per useful kFLOP", True)]
 
 

@@ -40,6 +40,7 @@ class View:
     legend: Table | None
     mix: Sequence["Mix"]
     counts: Table | None
+    accesses: Table | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def views(result: Result, targets: Sequence[str], said: dict[int, str]) -> list[
                 cells.legend(found, said, index, name) if drawn else None,
                 mixes,
                 counts if mixes else None,
+                cells.accesses([m.row for m in mixes], said, index, name) if mixes else None,
             )
         )
     return made

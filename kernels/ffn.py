@@ -82,16 +82,19 @@ def _product(
 ):  # fmt: skip
     """One tile of the product of a (M, K) and b over K, in float32 [BLOCK_M, BLOCK_N].
 
-    b is (N, K), read transposed, if B_ROWS; else (K, N). Rows and columns beyond the edge read the
-    last one again, so that the loop needs no mask.
+    b is (N, K), read transposed, if B_ROWS; else (K, N). Rows beyond the edge read the last one
+    again, so that the loop needs no mask. Columns beyond it are masked: clamped, they would no
+    longer be known to lie side by side, and be read one by one.
     """
     offs_k = tl.arange(0, BLOCK_K)
     offs_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - start_m)
-    offs_n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - start_n)
+    offs_n = tl.arange(0, BLOCK_N)
+    keep_n = offs_n[None, :] < N - start_n
     a_ptr += start_m.to(tl.int64) * stride_a
     a_offs = offs_m[:, None] * stride_a + offs_k[None, :]
     if B_ROWS:
         b_ptr += start_n.to(tl.int64) * stride_b
+        offs_n = tl.minimum(offs_n, N - 1 - start_n)
         b_offs = offs_n[:, None] * stride_b + offs_k[None, :]
     else:
         b_ptr += start_n
@@ -100,8 +103,12 @@ def _product(
     step_b = BLOCK_K if B_ROWS else BLOCK_K * stride_b
     for i in tl.range(0, K // BLOCK_K):
         a = tl.load(a_ptr + i * BLOCK_K + a_offs)
-        b = tl.load(b_ptr + tl.cast(i, tl.int64) * step_b + b_offs)
-        acc = tl.dot(a, tl.trans(b) if B_ROWS else b, acc)
+        at = b_ptr + tl.cast(i, tl.int64) * step_b + b_offs
+        if B_ROWS:
+            b = tl.trans(tl.load(at))
+        else:
+            b = tl.load(at, mask=keep_n, other=0.0)
+        acc = tl.dot(a, b, acc)
     a_ptr += K // BLOCK_K * BLOCK_K
     b_ptr += tl.cast(K // BLOCK_K, tl.int64) * step_b
     rest = K % BLOCK_K
@@ -110,7 +117,7 @@ def _product(
         if B_ROWS:
             b = tl.trans(tl.load(b_ptr + b_offs, mask=offs_k[None, :] < rest, other=0.0))
         else:
-            b = tl.load(b_ptr + b_offs, mask=offs_k[:, None] < rest, other=0.0)
+            b = tl.load(b_ptr + b_offs, mask=(offs_k[:, None] < rest) & keep_n, other=0.0)
         acc = tl.dot(a, b, acc)
     return acc
 

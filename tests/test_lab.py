@@ -334,6 +334,16 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 # Comparing
 
 
+def test_lines_are_those_of_the_file_at_hand_though_triton_caches_by_source(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "mine.py"
+        file.write_text(RIGHT.read_text() + f"\nCOPY = {str(tmp_path)!r}\n")
+        (row,) = run(copy_spec(kernel=f"{file}:copy")).rows
+        assert {line.file for line in row.lines} == {str(file)}
+        assert any("tl.store" in line.text for line in row.lines)
+
+
 def test_two_kernels_and_two_revisions_side_by_side(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

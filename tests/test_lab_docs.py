@@ -43,6 +43,14 @@ def test_the_table_of_kernels_is_current_and_every_kernel_holds_the_gate(
     assert code == 0, capsys.readouterr().err
 
 
+def test_products_read_their_operands_16_bytes_at_a_time() -> None:
+    subjects = [lab.subject("ffn._up_kernel"), lab.subject("ffn._dact_kernel")]
+    for row in lab.study(subjects, ["sm_80", "sm_90", "gfx950"], workers=0).rows:
+        assert row.loop is not None
+        for kind in ("global_load", "global_async"):
+            assert set(row.loop.widths.get(kind, {})) <= {16}, (row.kernel, row.target, kind)
+
+
 def test_the_page_names_every_column_of_a_gate() -> None:
     named = set(re.findall(r"`(\w+)`", PAGE.split("A rule is an expression of columns:")[1]))
     assert set(COLUMNS) - {"warps", "limited_by", "bound"} <= named, set(COLUMNS) - named

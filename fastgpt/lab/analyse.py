@@ -2,25 +2,29 @@
 
 import hashlib
 import json
+import linecache
 import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import triton
+from triton.runtime.jit import JITFunction
 
 from fastgpt.lab import chips, isa, revision
 from fastgpt.lab.compile import compile_launch, present, resources
 from fastgpt.lab.cost import cost, occupancy
 from fastgpt.lab.launch import Launch, TensorArg, load_kernel
-from fastgpt.lab.result import Row, from_json, to_json
+from fastgpt.lab.lines import in_triton
+from fastgpt.lab.result import Line, Row, from_json, to_json
 
 Job = tuple[Launch, str]
 
@@ -55,7 +59,8 @@ def _analyse(launch: Launch, target: str) -> Row:
     loop = code.main_loop()
     whole = code.counts()
     inside = code.counts(loop.instructions) if loop else None
-    lines = code.lines(loop)
+    with present(target):
+        lines = _here(code.lines(loop), load_kernel(launch.kernel))
     body = inside or whole
     flops, redundancy = isa.loop_flops(asm, code, loop, used.warps)
     notes = []
@@ -81,6 +86,30 @@ def _analyse(launch: Launch, target: str) -> Row:
         lines=lines,
         notes=tuple(notes),
     )
+
+
+def _here(lines: Iterable[Line], kernel: Any) -> tuple[Line, ...]:
+    """Lines with the files of this checkout.
+
+    Triton's cache goes by a function's source and first line and not by its path: what it gives
+    may be compiled from the same function in a file elsewhere, and name that.
+    """
+    functions = [f for f in (kernel, *kernel.fn.__globals__.values()) if isinstance(f, JITFunction)]
+    here = {f.fn.__code__.co_filename for f in functions}
+
+    def file_of(line: Line) -> str:
+        if line.file in here or in_triton(line.file):
+            return line.file
+        for f in functions:
+            if 0 <= line.line - f.starting_line_number < len(f.raw_src):
+                return str(f.fn.__code__.co_filename)
+        return line.file
+
+    moved = []
+    for line in lines:
+        file = file_of(line)
+        moved.append(replace(line, file=file, text=linecache.getline(file, line.line).strip()))
+    return tuple(moved)
 
 
 def _products_of(matrix: dict[str, int], flops: int) -> str:

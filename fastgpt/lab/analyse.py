@@ -17,13 +17,11 @@ from types import ModuleType
 from typing import Any
 
 import triton
-from triton.runtime.jit import JITFunction
 
 from fastgpt.lab import chips, isa, revision
 from fastgpt.lab.compile import compile_launch, present, resources
 from fastgpt.lab.cost import cost, occupancy
-from fastgpt.lab.launch import Launch, TensorArg, load_kernel
-from fastgpt.lab.lines import in_triton
+from fastgpt.lab.launch import Launch, TensorArg, file_of, load_kernel
 from fastgpt.lab.result import Line, Row, from_json, to_json
 
 Job = tuple[Launch, str]
@@ -89,25 +87,10 @@ def _analyse(launch: Launch, target: str) -> Row:
 
 
 def _here(lines: Iterable[Line], kernel: Any) -> tuple[Line, ...]:
-    """Lines with the files of this checkout.
-
-    Triton's cache goes by a function's source and first line and not by its path: what it gives
-    may be compiled from the same function in a file elsewhere, and name that.
-    """
-    functions = [f for f in (kernel, *kernel.fn.__globals__.values()) if isinstance(f, JITFunction)]
-    here = {f.fn.__code__.co_filename for f in functions}
-
-    def file_of(line: Line) -> str:
-        if line.file in here or in_triton(line.file):
-            return line.file
-        for f in functions:
-            if 0 <= line.line - f.starting_line_number < len(f.raw_src):
-                return str(f.fn.__code__.co_filename)
-        return line.file
-
+    """Lines with the files of this checkout."""
     moved = []
     for line in lines:
-        file = file_of(line)
+        file = file_of(kernel, line.file, line.line)
         moved.append(replace(line, file=file, text=linecache.getline(file, line.line).strip()))
     return tuple(moved)
 

@@ -367,6 +367,28 @@ def load_kernel(reference: str) -> Any:
     return unwrap(found)
 
 
+def file_of(kernel: Any, file: str, line: int) -> str:
+    """The file of a line of compiled code, as it is here.
+
+    Triton's cache goes by a function's source and first line and not by its path: what it gives
+    may be compiled from the same function in a file elsewhere, and name that.
+
+    Args:
+        kernel: the @triton.jit function that was compiled.
+        file, line: as the compiled code names them.
+    """
+    functions = [
+        f for f in (kernel, *kernel.fn.__globals__.values()) if type(f).__name__ == "JITFunction"
+    ]
+    here = {f.fn.__code__.co_filename for f in functions}
+    if file in here or "/triton/language/" in file:
+        return file
+    for f in functions:
+        if 0 <= line - f.starting_line_number < len(f.raw_src):
+            return str(f.fn.__code__.co_filename)
+    return file
+
+
 def check_names(launch: Launch, names: list[str], optional: set[str]) -> None:
     """That a launch's arguments are those of the signature.
 

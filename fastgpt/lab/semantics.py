@@ -5,6 +5,7 @@ launch on copies of its tensors' storage; the results are read from there, which
 behind host descriptors too (ttsem 0.1.0 itself writes back arguments that are tensors only).
 """
 
+import linecache
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.lab.launch import DescriptorArg, Launch, descriptor, load_kernel
+from fastgpt.lab.launch import DescriptorArg, Launch, descriptor, file_of, load_kernel
 
 CHIP = 90  # what is compiled for; the IR that is executed is still that of any chip
 MISSING = (
@@ -50,6 +51,7 @@ class Run:
 
     Attributes:
         tensors: the tensors after it, by the names of their arguments.
+        kernel: the function that was launched.
         ir: Triton's IR of the kernel, for further runs.
         stop: the kind of fault that ended it (ttsem's oob_read, oob_write, poison; "lanes" for
             two lanes of one store that disagree), its file:line, and what it was.
@@ -62,7 +64,7 @@ class Run:
     """
 
     tensors: dict[str, Tensor]
-    kernel_file: str
+    kernel: Any
     ir: str = ""
     stop: tuple[str, str, str] | None = None
     races: list[tuple[str, str]] = field(default_factory=list)
@@ -75,8 +77,8 @@ class Run:
         """file:line that an op of the IR comes from."""
         from ttsem import sanitize
 
-        file, line, _ = sanitize._source_of(op, self.ir, self.kernel_file)
-        return _at(file, line)
+        file, line, _ = sanitize._source_of(op, self.ir, self.kernel.fn.__code__.co_filename)
+        return _at(self.kernel, file, line)
 
     def touched(self, name: str) -> Touched:
         """What became of a tensor's elements."""
@@ -148,7 +150,7 @@ def run(
     args, tensors = _guarded(launch)
     for name in poisoned:
         tensors[name].copy_(_other(tensors[name]))
-    made = Run(tensors, kernel.fn.__code__.co_filename, ir)
+    made = Run(tensors, kernel, ir)
     executions: list[Any] = []
     valueless: dict[str, None] = {}
 
@@ -181,11 +183,11 @@ def run(
         try:
             kernel[launch.grid](**args, **launch.options)
         except sanitize.KernelFault as stop:
-            made.stop = _told(stop.fault)
+            made.stop = _told(stop.fault, kernel)
         except sanitize.Unjudged as stop:
             why = " ".join(str(stop).split()).partition(" loc(")[0]
             raise ValueError(f"ttsem cannot run it: {why}") from None
-    made.races = [(_at(f.source_file, f.source_line), f.detail) for f in session.races]
+    made.races = [(_at(kernel, f.source_file, f.source_line), f.detail) for f in session.races]
     made.races_unchecked = session.races_unchecked > 0
     made.valueless = [at for op in valueless if (at := made.line(op))]
     for execution in executions:
@@ -245,9 +247,11 @@ def _garbage(dtype: np.dtype[Any]) -> Any:
     return np.iinfo(dtype).max  # all ones are a NaN where ttsem holds bfloat16 or float8 so
 
 
-def _told(fault: Any) -> tuple[str, str, str]:
+def _told(fault: Any, kernel: Any) -> tuple[str, str, str]:
     """A fault of ttsem's: its kind, file:line, and one line of words."""
-    where, source = _at(fault.source_file, fault.source_line), fault.source_text
+    file, line = fault.source_file, fault.source_line
+    where = _at(kernel, file, line)
+    source = linecache.getline(file_of(kernel, file, line), line).strip() or fault.source_text
     if fault.kind in ("oob_read", "oob_write"):
         does = "reads" if fault.kind == "oob_read" else "writes"
         past, before = fault.elements_past_end, fault.elements_before_start
@@ -258,11 +262,11 @@ def _told(fault: Any) -> tuple[str, str, str]:
     return fault.kind, where, f"{fault.detail}: {source}"
 
 
-def _at(file: str, line: int) -> str:
+def _at(kernel: Any, file: str, line: int) -> str:
     """file:line, the file as seen from here."""
     if not line:
         return ""
-    path = Path(file)
+    path = Path(file_of(kernel, file, line))
     here = Path.cwd()
     return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{line}"
 

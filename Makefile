@@ -18,7 +18,7 @@ demo: .venv/train
 test: test-cpu test-interpreted test-sanitized
 
 # On plain PyTorch: the references, the model, training, the command line; and every kernel
-# compiled for eight chips.
+# compiled for ten chips.
 test-cpu: .venv/dev
 	$(PYTEST) -m "not gpu" tests
 

@@ -19,6 +19,8 @@ papers. Registers, their granule, waves and work-groups: LLVM's AMDGPUBaseInfo. 
 wave64 in 4 cycles (CDNA) or a wave32 in 1 (RDNA 3), transcendentals at a quarter of that. Bytes of
 CDNA 4's shared memory a clock: its announcement, of reads.
 
+How far checked: limits of occupancy against cuda_occupancy.h and LLVM's own occupancy comments,
+peaks against the published ones; the other rates are as commonly quoted from these documents.
 Assumed, not sourced, the kinder figure where in doubt: that B200 does integers and load/store like
 H100, that CDNA 4 has twice the transcendentals of CDNA 3, and that an AMD compute unit takes 32
 lanes of memory instructions a clock. Results are of ordinary instructions: packed and dual-issued

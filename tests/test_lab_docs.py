@@ -43,6 +43,12 @@ def test_the_table_of_kernels_is_current_and_every_kernel_holds_the_gate(
     assert code == 0, capsys.readouterr().err
 
 
+def test_the_table_is_of_the_triton_that_is_installed_by_default() -> None:
+    """With another pin the test above would be skipped for ever."""
+    assert MADE_WITH is not None
+    assert f"triton=={MADE_WITH[2]}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
 def test_products_read_their_operands_16_bytes_at_a_time() -> None:
     subjects = [lab.subject("ffn._up_kernel"), lab.subject("ffn._dact_kernel")]
     for row in lab.study(subjects, ["sm_80", "sm_90", "gfx950"], workers=0).rows:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ import triton
 from fastgpt.lab import chips, isa, revision
 from fastgpt.lab.compile import compile_launch, present, resources
 from fastgpt.lab.cost import cost, occupancy
+from fastgpt.lab.files import write_whole
 from fastgpt.lab.launch import Launch, TensorArg, file_of, load_kernel
 from fastgpt.lab.result import Line, Row, from_json, to_json
 
@@ -149,10 +150,10 @@ def _cached(path: Path) -> Row | None:
 
 
 def _store(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(to_json(row)))
-    part.replace(path)
+    """Keep a row for the next run. A full or read-only disk costs that run time, not this a row."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(to_json(row)))
 
 
 def rows(

@@ -3,11 +3,9 @@
 import argparse
 import ast
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 EXAMPLES = """\
@@ -249,10 +247,9 @@ def _write(where: str, text: str) -> None:
     if where == "-":
         print(text, end="")
         return
-    path = Path(where)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    from fastgpt.lab.files import write_whole
+
+    write_whole(where, text)
 
 
 class _Progress:

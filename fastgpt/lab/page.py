@@ -3,7 +3,6 @@
 Tables are built here as plain cells; page.html draws them, and escapes all that they say.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -15,6 +14,7 @@ from markupsafe import Markup
 from fastgpt.lab import cells, charts, cost
 from fastgpt.lab.cells import Cell, Table, count
 from fastgpt.lab.chips import CHIPS
+from fastgpt.lab.files import write_whole
 from fastgpt.lab.result import Line, Result, Row
 from fastgpt.lab.table import notes
 
@@ -267,11 +267,4 @@ def write(result: Result, path: str | Path) -> None:
     Raises:
         OSError: the folder is not there, or cannot be written.
     """
-    text = render(result)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, render(result))

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from fastgpt.lab import semantics
+from fastgpt.lab.files import write_whole
 from fastgpt.lab.launch import DescriptorArg, Launch, TensorArg
 
 
@@ -91,11 +92,8 @@ def run(program: Sequence[str], out: str | Path) -> int:
         raise ValueError(f"record: {' '.join(program)} launched no kernel{why}")
     if failed:
         print(f"record: the program failed: {failed}", file=sys.stderr)
-    path = Path(out)
-    part = path.with_name(path.name + ".part")
     text = yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=100)
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_whole(out, text)
     return len(found)
 
 

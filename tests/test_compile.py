@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(HAS_CUDA or INTERPRET, reason="compiles on CPU tensors, without a driver"),
 ]
 
-from fastgpt.kernels.attention import attention_bwd, attention_fwd  # noqa: E402
+from fastgpt.kernels.attention import attention_fwd  # noqa: E402
+from fastgpt.kernels.attention_bwd import attention_bwd  # noqa: E402
 from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
 from fastgpt.lab.cases import refused  # noqa: E402

@@ -19,7 +19,8 @@ Sizes = dict[str, Any]
 
 
 def _attention(s: Sizes) -> None:
-    from fastgpt.kernels.attention import attention_bwd, attention_fwd
+    from fastgpt.kernels.attention import attention_fwd
+    from fastgpt.kernels.attention_bwd import attention_bwd
 
     B, T, H, D, p = s["B"], s["T"], s["H"], s["D"], s["dropout_p"]
     qkv = torch.empty(B, T, 3, H, D, dtype=DTYPES[s["dtype"]])

@@ -158,7 +158,7 @@ def _attention_bwd(
     scale: float, left: int, right: int, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if backend.runs_kernel(q):
-        from fastgpt.kernels.attention import attention_bwd
+        from fastgpt.kernels.attention_bwd import attention_bwd
 
         return attention_bwd(do, dlse, q, k, v, o, lse, scale, left, right, dropout_p, seed)
     return _ref_bwd(do, dlse, q, k, v, lse, scale, left, right, dropout_p, seed)

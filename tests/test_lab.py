@@ -1,11 +1,14 @@
 """The lab: kernels of anybody's, compiled for every chip with no GPU, from specs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastgpt import lab
+from fastgpt.lab.chips import chip
+from fastgpt.lab.cost import budget
 from fastgpt.lab.launch import DescriptorArg, TensorArg
 from fastgpt.lab.spec import evaluate, from_mapping, read
 from fastgpt.ops.backend import INTERPRET
@@ -209,3 +212,34 @@ def test_expressions_run_no_code(text: str) -> None:
 def test_a_spec_that_is_none(said: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         from_mapping(said, Path())
+
+
+def test_instructions_an_element_are_held_against_the_budget() -> None:
+    spec = replace(copy_spec(), elements={"launch": "N", "bytes": 4})
+    result = run(spec, copy_spec())
+    row, bare = result.rows
+    assert row.per_element == row.whole.instructions * row.warps * 32 / 1024
+    assert row.budget == budget(chip("sm_90"), 4)
+    assert (bare.per_element, bare.budget) == (None, None)
+    assert lab.gate(result, "per_element <= budget") == []  # what a row does not have breaks none
+    assert len(lab.gate(result, "per_element <= 1")) == 1
+
+
+def test_scores_of_attention_are_elements_of_its_main_loop() -> None:
+    row = run("attention._fwd_kernel").rows[0]
+    assert row.loop is not None and row.cost is not None and row.per_element is not None
+    scores = row.cost.useful_flops / (2 * 2 * 64)  # two products of head dim 64
+    assert row.per_element == pytest.approx(row.loop.instructions * row.warps * 32 / scores)
+
+
+@pytest.mark.parametrize(
+    ("elements", "error"),
+    [
+        ({"all": 1}, "elements has launch, loop, bytes; got all"),
+        ({"bytes": 4}, "launch or loop above 0"),
+        ({"launch": "Q"}, "known are .*; got 'Q'"),
+    ],
+)
+def test_bad_elements_are_refused(elements: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        replace(copy_spec(), elements=elements).launches()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.lab.chips import TARGETS, Chip, chip
-from fastgpt.lab.cost import cost, occupancy, per_kflop, roofline
+from fastgpt.lab.cost import budget, cost, occupancy, per_element, per_kflop, roofline
 from fastgpt.lab.result import KINDS, MEMORY, Cost, Counts
 
 # TFLOP/s, dense, as the vendors publish them: data sheets and white papers. 8-bit: int8 up to
@@ -335,3 +335,21 @@ def test_a_chip_cannot_be_changed() -> None:
     c: Chip = chip("sm_90")
     with pytest.raises(AttributeError):
         c.warps = 1  # type: ignore[misc]
+
+
+def test_instructions_an_element() -> None:
+    # 2 warps, 768 elements a program: 120 instructions of 64 threads
+    assert per_element(120, 0, 64, 768, 0) == 10.0
+    # 20 of them once a program of 7680, 100 in a loop over 1000 at a time
+    assert per_element(120, 100, 64, 7680, 1000) == pytest.approx(64 * (20 / 7680 + 0.1))
+    with pytest.raises(ValueError, match="the kernel has loops, and loop is not given"):
+        per_element(120, 100, 64, 7680, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "bytes", "instructions"),
+    [("sm_80", 4, 38), ("sm_90", 4, 37), ("sm_100", 4, 18), ("sm_100", 6, 26), ("gfx942", 4, 31)],
+)
+def test_the_budget_that_memory_gives(target: str, bytes: float, instructions: int) -> None:
+    """Four warp instructions a clock, or one of 64 lanes, over the multiprocessor's bytes."""
+    assert round(budget(chip(target), bytes)) == instructions

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import linecache
+import math
 import multiprocessing
 import os
 import re
@@ -20,7 +21,7 @@ import triton
 
 from fastgpt.lab import chips, isa, revision
 from fastgpt.lab.compile import compile_launch, present, resources
-from fastgpt.lab.cost import cost, occupancy
+from fastgpt.lab.cost import budget, cost, occupancy, per_element
 from fastgpt.lab.files import write_whole
 from fastgpt.lab.launch import Launch, TensorArg, file_of, load_kernel
 from fastgpt.lab.result import Line, Row, from_json, to_json
@@ -62,6 +63,7 @@ def _analyse(launch: Launch, target: str) -> Row:
         lines = _here(code.lines(loop), load_kernel(launch.kernel))
     body = inside or whole
     flops, redundancy = isa.loop_flops(asm, code, loop, used.warps)
+    shares = _shares(launch, asm, code, used.warps * chip.warp_size, flops)
     notes = []
     if isa.warp_specialised(asm):
         notes.append("warp specialised: counts add up the parts, costs are no guide")
@@ -83,8 +85,31 @@ def _analyse(launch: Launch, target: str) -> Row:
         loop_lines=(min(in_loop), max(in_loop)) if in_loop else None,
         cost=cost(body, chip, used.warps, flops, redundancy, _products_of(body.matrix, flops)),
         lines=lines,
+        per_element=shares,
+        budget=(budget(chip, launch.elements.bytes) or None) if launch.elements else None,
         notes=tuple(notes),
     )
+
+
+def _shares(
+    launch: Launch, asm: Any, code: isa.Disassembly, threads: int, flops: int
+) -> float | None:
+    """Thread instructions an element, where the launch tells what it works through.
+
+    Of a kernel with products only its main loop counts, and as many passes of it as the compiler
+    unrolled.
+    """
+    if launch.elements is None:
+        return None
+    loop, said = code.main_loop(), launch.elements
+    if flops and loop:
+        asked = isa.asked_flops(asm, code, loop)
+        if not said.loop or not asked:
+            return None
+        return len(loop.instructions) * threads / (said.loop * flops / asked)
+    in_loops = set().union(*(one.instructions for one in code.loops))
+    program = said.launch / math.prod(launch.grid or (1,))
+    return per_element(len(code.instructions), len(in_loops), threads, program, said.loop)
 
 
 def _here(lines: Iterable[Line], kernel: Any) -> tuple[Line, ...]:
@@ -137,6 +162,7 @@ def _cache_path(launch: Launch, target: str) -> Path:
         if isinstance(value, TensorArg):
             value = (value.dtype, value.shape, value.strides, value.offset)
         said.append(f"{name}={value}")
+    said.append(f"{launch.elements} {launch.grid if launch.elements else None}")
     key = hashlib.sha256("\n".join(said).encode()).hexdigest()
     return Path(triton.knobs.cache.dir) / "fastgpt-lab" / f"{key}.json"
 

@@ -6,13 +6,14 @@ it, "attention._dq_kernel:D=128".
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fastgpt.lab.compile import capture
 from fastgpt.lab.launch import DTYPES, Launch
+from fastgpt.lab.spec import elements
 from fastgpt.ops.backend import OLDEST
 
 Sizes = dict[str, Any]
@@ -34,11 +35,13 @@ def _layer_norm(s: Sizes) -> None:
     from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 
     M, N, p, dtype = s["M"], s["N"], s["dropout_p"], DTYPES[s["dtype"]]
-    x, res = (torch.empty(M, N, dtype=dtype) for _ in range(2))
+    x = torch.empty(M, N, dtype=dtype)
+    res = torch.empty(M, N, dtype=dtype) if s["residual"] else None
     weight = torch.empty(N, dtype=torch.float32)
     seed = torch.zeros(1, dtype=torch.int64) if p else None
     _, h, mean, rstd = layer_norm_fwd(x, res, weight, weight, 1e-5, p, seed)
-    layer_norm_bwd(x, h, h, weight, True, mean, rstd, p, seed, dtype)
+    dh = h if s["residual"] else None
+    layer_norm_bwd(x, dh, h if s["residual"] else x, weight, True, mean, rstd, p, seed, dtype)
 
 
 def _ffn(s: Sizes) -> None:
@@ -58,23 +61,54 @@ class Case:
     Attributes:
         sizes: GPT-2's, for compiling; a name to its default.
         small: sizes at which the interpreter counts traffic in seconds, growing.
+        elements: what a kernel works through, as under `elements` of a spec; expressions of the
+            sizes, of `size`, the bytes of the dtype, and of the kernel's own numbers.
     """
 
     launch: Callable[[Sizes], None]
     sizes: Sizes
     small: tuple[Sizes, ...]
+    elements: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 OPS = {
     "layer_norm": Case(
         _layer_norm,
-        {"M": 8192, "N": 768, "dtype": "bf16", "dropout_p": 0.0},
+        {"M": 8192, "N": 768, "dtype": "bf16", "dropout_p": 0.0, "residual": 1},
         tuple({"M": M, "N": 768} for M in (64, 128, 256)),
+        {
+            "_fwd_kernel": {"launch": "M * N", "bytes": "size * (2 + 2 * HAS_RESIDUAL)"},
+            "_fwd_wide_kernel": {
+                "launch": "M * N",
+                "loop": "N / cdiv(N, BLOCK_N)",
+                "bytes": "size * (2 + 2 * HAS_RESIDUAL)",
+            },
+            "_bwd_kernel": {
+                "launch": "M * N",
+                "loop": "ROWS * N",
+                "bytes": "size * (3 + HAS_DH + HAS_DRES)",
+            },
+            "_bwd_wide_kernel": {
+                "launch": "M * N",
+                "loop": "N / cdiv(N, BLOCK_N)",
+                "bytes": "size * (3 + HAS_DH + HAS_DRES)",
+            },
+            "_bwd_wide_weight_kernel": {
+                "launch": "M * N",
+                "loop": "N / cdiv(N, BLOCK_N)",
+                "bytes": "size * 2",
+            },
+        },
     ),
     "attention": Case(
         _attention,
         {"B": 8, "T": 1024, "H": 12, "D": 64, "dtype": "bf16", "dropout_p": 0.0},
         tuple({"B": 1, "T": T, "H": 1} for T in (256, 512, 1024)),
+        {
+            name: {"loop": "BLOCK_M * BLOCK_N"}  # a score, and one exponential
+            for name in ("_fwd_kernel", "_dkdv_kernel", "_dq_kernel")
+        }
+        | {"_delta_kernel": {"launch": "B * T * H * D", "bytes": "size * 2"}},
     ),
     "ffn": Case(
         _ffn,
@@ -113,7 +147,9 @@ def parse(said: str) -> tuple[str, Sizes]:
             raise ValueError(f"lab: {name}:{key} must be {kind}; got {value!r}") from None
     if sizes["dtype"] not in ("bf16", "f16", "f32"):
         raise ValueError(f"lab: {name}:dtype must be bf16, f16 or f32; got {sizes['dtype']!r}")
-    wrong = [f"{key}={n}" for key, n in sizes.items() if isinstance(n, int) and n < 1]
+    wrong = [
+        f"{key}={n}" for key, n in sizes.items() if isinstance(n, int) and n < (key != "residual")
+    ]
     if wrong or not 0.0 <= sizes.get("dropout_p", 0.0) < 1.0:
         raise ValueError(
             f"lab: sizes of {name} must be at least 1 and dropout_p in [0, 1); got {rest}"
@@ -140,6 +176,16 @@ def small_launches(said: str, target: str) -> list[Launch]:
     return made
 
 
+def _counted(launch: Launch, case: Case, sizes: Sizes) -> Launch:
+    """With what it works through, as far as the case says."""
+    said = case.elements.get(launch.name.partition(".")[2])
+    if said is None:
+        return launch
+    numbers = {n: v for n, v in launch.args.items() if isinstance(v, (int, float))}
+    names = {**sizes, "size": DTYPES[sizes["dtype"]].itemsize, **numbers}
+    return replace(launch, elements=elements(said, names))
+
+
 def _once(said: str, other: Sizes, target: str) -> list[Launch]:
     """What an op launches at its sizes, or at other ones; or the one kernel of it that is named."""
     name, sizes = parse(said)
@@ -151,7 +197,7 @@ def _once(said: str, other: Sizes, target: str) -> list[Launch]:
         raise ValueError(
             f"lab: {said} cannot be launched; {type(error).__name__}: {error}"
         ) from error
-    once = {launch.name: launch for launch in found}
+    once = {launch.name: _counted(launch, OPS[name], sizes | other) for launch in found}
     if dot:
         wanted = {n: launch for n, launch in once.items() if n.endswith(f".{kernel}")}
         if not wanted:

@@ -194,3 +194,32 @@ def per_kflop(counts: Counts, useful_flops: int, warps: int) -> dict[str, float]
         raise ValueError(f"per_kflop: useful_flops >= 1 are needed; got {useful_flops}")
     numbers = {"instructions": counts.instructions} | counts.kinds
     return {kind: n * warps * 1000 / useful_flops for kind, n in numbers.items() if n}
+
+
+def per_element(whole: int, in_loops: int, threads: int, program: float, one_pass: float) -> float:
+    """Thread instructions an element of a kernel without products, as far as the code tells.
+
+    What stands in loops is shared by the elements of one pass, all else by those of one program.
+    Each instruction is taken to run once a pass or program, on whichever side of a branch it is.
+
+    Args:
+        whole: instructions of the kernel, a warp; in_loops: those of them that are in a loop.
+        threads: of one program.
+        program, one_pass: elements that a program, and one pass of its loops, works through.
+
+    Raises:
+        ValueError: there are loops, and one_pass is not given.
+    """
+    if in_loops and not one_pass:
+        raise ValueError("elements: the kernel has loops, and loop is not given")
+    once = (whole - in_loops) / program if program else 0.0
+    return threads * (once + (in_loops / one_pass if in_loops else 0.0))
+
+
+def budget(chip: Chip, bytes: float) -> float:
+    """Thread instructions that a chip can issue while its memory moves so many bytes.
+
+    A kernel that spends more an element than the budget of the element's bytes is bound by issuing
+    instructions, not by memory.
+    """
+    return chip.issue * chip.warp_size / chip.bytes_a_clock * bytes

@@ -279,6 +279,11 @@ def loop_flops(
     return asked * max(1, unrolled), 1.0
 
 
+def asked_flops(asm: Mapping[str, Any], disassembly: Disassembly, loop: Loop | None) -> int:
+    """FLOPs of the products as written, in one pass of a loop that is not unrolled."""
+    return sum(dot.flops for dot in _dots_of(asm, disassembly, loop))
+
+
 def _dots_of(
     asm: Mapping[str, Any], disassembly: Disassembly, loop: Loop | None
 ) -> tuple[Dot, ...]:

@@ -123,6 +123,29 @@ class DescriptorArg:
 
 
 @dataclass(frozen=True)
+class Elements:
+    """What a kernel works through, for instructions per element and the budget that memory gives.
+
+    Attributes:
+        launch: elements of one launch, all programs; 0 where only a loop is asked about.
+        loop: elements of one pass of its loops, 0 where it has none; of a kernel with products
+            of one pass of its main loop, the scores of attention for example.
+        bytes: of memory that each element needs at least, loads and stores; 0 where not said.
+    """
+
+    launch: float = 0.0
+    loop: float = 0.0
+    bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.launch, self.loop, self.bytes) < 0 or not (self.launch or self.loop):
+            raise ValueError(
+                "elements: launch, loop and bytes must not be negative, and launch or loop above 0;"
+                f" got {self.launch}, {self.loop} and {self.bytes}"
+            )
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch.
 
@@ -137,6 +160,7 @@ class Launch:
         size: what tells its sizes from those of others, "T=256".
         reference: "file.py:function", the same in PyTorch: it takes the tensors and numbers by
             the names of the arguments it has, and returns those written, by name.
+        elements: what it works through, if that is to be told.
     """
 
     kernel: str
@@ -147,6 +171,7 @@ class Launch:
     variant: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
     size: str = ""
+    elements: Elements | None = None
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -70,7 +70,8 @@ def _op(name: str, s: Sizes) -> tuple[Call, list[Tensor]]:
     if name == "layer_norm":
         x, h = leaf(s["M"], s["N"]), leaf(s["M"], s["N"])
         w, b = (leaf(s["N"], dtype=torch.float32) for _ in range(2))
-        return lambda: ops.layer_norm(x, w, b, residual=h, dropout_p=s["dropout_p"]), [w, b]
+        res = h if s["residual"] else None
+        return lambda: ops.layer_norm(x, w, b, residual=res, dropout_p=s["dropout_p"]), [w, b]
     x = leaf(s["M"], s["C"])
     w1, b1, w2, b2 = (
         leaf(*shape) for shape in ((s["F"], s["C"]), (s["F"],), (s["C"], s["F"]), (s["C"],))

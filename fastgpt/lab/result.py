@@ -126,6 +126,8 @@ class Row:
         shared: bytes a program; shared_limit: the most that this chip gives one.
         loop: counts of the main loop's body, None without a loop.
         loop_lines: first and last source line of the main loop.
+        per_element: thread instructions an element; budget: how many of them can be issued while
+            memory streams the element. See `cost.per_element`, `cost.budget`.
     """
 
     kernel: str
@@ -145,6 +147,8 @@ class Row:
     loop_lines: tuple[int, int] | None = None
     cost: Cost | None = None
     lines: tuple[Line, ...] = ()
+    per_element: float | None = None
+    budget: float | None = None
     notes: tuple[str, ...] = ()
 
 

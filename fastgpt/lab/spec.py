@@ -28,6 +28,7 @@ from typing import Any
 from fastgpt.lab.launch import (
     DTYPES,
     DescriptorArg,
+    Elements,
     Launch,
     TensorArg,
     check_names,
@@ -68,7 +69,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 TENSOR = re.compile(r"(?P<dtype>\w+)\s*\[(?P<shape>[^\]]*)\]\s*(?:=\s*(?P<fill>[\w.+-]+))?$")
 POINTER = re.compile(r"\*(?P<dtype>\w+)$")
 NUMBER = re.compile(r"(?P<type>[iu](?:32|64)|f32|f64)(?P<aligned>:16)?$")
-KEYS = {"kernel", "name", "sizes", "args", "grid", "options", "grow", "reference"}
+KEYS = {"kernel", "name", "sizes", "args", "grid", "options", "grow", "reference", "elements"}
 
 
 def evaluate(text: str, names: Mapping[str, Any]) -> Any:
@@ -131,6 +132,8 @@ class Spec:
         grow: other values of sizes, for traffic and numbers: {"N": [1024, 2048, 4096]}.
         name: what reports call it.
         reference: "file.py:function", the same in PyTorch.
+        elements: {"launch": "M * N", "loop": "ROWS * N", "bytes": 4}: elements of the launch, of
+            one pass of its loops, and the bytes that each needs at least; see `launch.Elements`.
     """
 
     kernel: str
@@ -141,6 +144,7 @@ class Spec:
     grow: dict[str, list[int]] = field(default_factory=dict)
     name: str = ""
     reference: str | None = None
+    elements: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(values) for values in self.grow.values()}
@@ -205,6 +209,7 @@ class Spec:
             | {n: args[n] for n in args if n in parameters and parameters[n].is_constexpr},
             reference=self.reference,
             size=", ".join(f"{name}={size}" for name, size in self.sizes.items()),
+            elements=elements(self.elements, names) if self.elements else None,
         )
         check_names(launch, list(parameters), optional)
         return launch
@@ -226,6 +231,17 @@ class Spec:
             replace(self, sizes=self.sizes | {n: v[i] for n, v in self.grow.items()}, grow={})
             for i in range(count)
         ]
+
+
+def elements(said: Mapping[str, Any], names: Mapping[str, Any]) -> Elements:
+    """What a kernel works through, from expressions of sizes and arguments.
+
+    Raises:
+        ValueError: a key is none of launch, loop and bytes, or an expression is none.
+    """
+    if unknown := set(said) - {"launch", "loop", "bytes"}:
+        raise ValueError(f"spec: elements has launch, loop, bytes; got {', '.join(unknown)}")
+    return Elements(**{key: float(evaluate(str(value), names)) for key, value in said.items()})
 
 
 def _argument(name: str, said: Any, names: Mapping[str, Any]) -> Any:

@@ -36,6 +36,11 @@ COLUMNS = {
     "bound": ("of", "what peak: tensor or bandwidth"),
     "cycles": ("cycles", "of the binding pipe, for one program's pass"),
     "per_kflop": ("instr/kFLOP", "warp instructions per 1000 useful FLOPs of a program"),
+    "per_element": (
+        "instr/elem",
+        "thread instructions an element; with products, of the main loop",
+    ),
+    "budget": ("budget", "instr/elem that can be issued while memory streams the element"),
     "traffic": ("traffic", "bytes moved over the least possible"),
     "intensity": ("FLOP/B", "useful FLOPs per byte, each byte moved once"),
     "attainable": ("TFLOP/s", "under the roofline: the ceiling, or bandwidth x intensity"),
@@ -84,6 +89,8 @@ def flat(row: Row, traffic: Sequence[Traffic] = ()) -> Flat:
         "bound": cost and cost.bound,
         "cycles": cost and cost.cycles[cost.binding],
         "per_kflop": per_kflop(body, flops, row.warps)["instructions"] if flops else None,
+        "per_element": row.per_element,
+        "budget": row.budget,
         "traffic": last and last.ratio,
         "intensity": roof[0] if roof else None,
         "attainable": roof[1] if roof else None,
@@ -220,7 +227,7 @@ def _of_kernel(kernel: str, rows: Sequence[Row], traffic: Sequence[Traffic]) -> 
         *SHOWN,
         *(["spill_instructions"] if any(c["spill_instructions"] for c in cells) else []),
         *(["redundancy"] if any((c["redundancy"] or 1) > 1 for c in cells) else []),
-        *(["traffic"] if any(c["traffic"] for c in cells) else []),
+        *(c for c in ("per_element", "budget", "traffic") if any(cell[c] for cell in cells)),
     ]
     varies = any(own)
     heads = [COLUMNS[c][0] for c in columns] + ["variant"] * varies
@@ -233,7 +240,7 @@ def _of_kernel(kernel: str, rows: Sequence[Row], traffic: Sequence[Traffic]) -> 
 
 DOCUMENTED = (
     "target", "registers", "spills", "smem", "occupancy", "limited_by", "matrix", "redundancy",
-    "binding", "ceiling", "serial", "bound", "traffic",
+    "binding", "ceiling", "serial", "bound", "per_element", "budget", "traffic",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The layers of a GPT, on the fused ops. Parameters keep the names GPT-2's checkpoints give them.
 
 The residual stream is never added to on its own: a block hands on its last branch beside the
-stream, and the next layer norm adds the one to the other on its way. LayerNorm is a drop-in for
-torch's nn.LayerNorm.
+stream, and the next norm adds the one to the other on its way. LayerNorm and RMSNorm are drop-ins
+for torch's nn.LayerNorm and nn.RMSNorm.
 """
 
 import torch
@@ -47,6 +47,35 @@ class LayerNorm(nn.LayerNorm):
         if residual is None:
             return ops.layer_norm(*flat, self.eps, dropout_p=dropout_p).view(x.shape)
         y, h = ops.layer_norm(*flat, self.eps, residual=residual.flatten(-n), dropout_p=dropout_p)
+        return y.view(x.shape), h.view(x.shape)
+
+
+class RMSNorm(nn.RMSNorm):
+    """y = h / sqrt(mean(h^2) + eps) * weight, with the residual add before it.
+
+    Constructor and state_dict are nn.RMSNorm's; eps=None is the epsilon of float32, or of float64
+    where x is of that dtype.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalize x, or h = residual + dropout(x): arguments and result as in LayerNorm."""
+        shape, n = self.normalized_shape, len(self.normalized_shape)
+        if tuple(x.shape[-n:]) != shape:
+            raise ValueError(f"RMSNorm: x must end in {shape}; got x {tuple(x.shape)}")
+        weight: Tensor | None = self.weight
+        if weight is None:
+            weight = torch.ones(shape, device=x.device)
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        if n == 1:
+            return ops.rms_norm(x, weight, eps, residual=residual, dropout_p=dropout_p)
+        flat = x.flatten(-n), weight.flatten()
+        if residual is None:
+            return ops.rms_norm(*flat, eps, dropout_p=dropout_p).view(x.shape)
+        y, h = ops.rms_norm(*flat, eps, residual=residual.flatten(-n), dropout_p=dropout_p)
         return y.view(x.shape), h.view(x.shape)
 
 

@@ -44,8 +44,8 @@ def _load_h(
 def _fwd_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x, stride_r,
     M, N, eps, threshold, keep_scale,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)[None, :]
@@ -58,10 +58,12 @@ def _fwd_kernel(
     )  # fmt: skip
     if HAS_RESIDUAL:
         tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
-    mean = tl.sum(h, 1) / N
-    d = tl.where(cols < N, h - mean[:, None], 0.0)
+    d = h
+    if CENTER:
+        mean = tl.sum(h, 1) / N
+        d = tl.where(cols < N, h - mean[:, None], 0.0)
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
     rstd = tl.rsqrt(tl.sum(d * d, 1) / N + eps)
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
     y = d * rstd[:, None] * tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -73,8 +75,8 @@ def _fwd_kernel(
 def _fwd_wide_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x, stride_r,
     N, eps, threshold, keep_scale,
-    BLOCK_N: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = row.to(tl.int64)
@@ -91,14 +93,18 @@ def _fwd_wide_kernel(
         )  # fmt: skip
         if HAS_RESIDUAL:
             tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=cols < N)
-        count = tl.minimum(BLOCK_N, N - start)
-        chunk = tl.sum(h, 0) / count
-        d = tl.where(cols < N, h - chunk, 0.0)
-        delta = chunk - mean
-        m2 += tl.sum(d * d, 0) + delta * delta * (start * (count / (start + count)))
-        mean += delta * (count / (start + count))
+        if CENTER:
+            count = tl.minimum(BLOCK_N, N - start)
+            chunk = tl.sum(h, 0) / count
+            d = tl.where(cols < N, h - chunk, 0.0)
+            delta = chunk - mean
+            m2 += tl.sum(d * d, 0) + delta * delta * (start * (count / (start + count)))
+            mean += delta * (count / (start + count))
+        else:
+            m2 += tl.sum(h * h, 0)
     rstd = tl.rsqrt(m2 / N + eps)
-    tl.store(mean_ptr + at, mean)
+    if CENTER:
+        tl.store(mean_ptr + at, mean)
     tl.store(rstd_ptr + at, rstd)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -130,8 +136,8 @@ def _store_dx(
 def _bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, part_ptr, seed_ptr,
     stride_dy, stride_dh, stride_h, M, N, threshold, keep_scale,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DH: tl.constexpr,
-    HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     count = tl.num_programs(0)
@@ -146,13 +152,16 @@ def _bwd_kernel(
         mask = (rows[:, None] < M) & (cols < N)
         h = tl.load(h_ptr + at * stride_h + cols, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-        xhat = tl.where(mask, (h - mean[:, None]) * rstd[:, None], 0.0)
         g = dy * w
+        if CENTER:
+            h -= tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        xhat = h * rstd[:, None]  # g and dy are 0 where there is no element
         c1 = tl.sum(g * xhat, 1) / N
-        c2 = tl.sum(g, 1) / N
-        dres = (g - xhat * c1[:, None] - c2[:, None]) * rstd[:, None]
+        dres = g - xhat * c1[:, None]
+        if CENTER:
+            dres -= (tl.sum(g, 1) / N)[:, None]
+        dres *= rstd[:, None]
         _store_dx(
             dres, dh_ptr, dx_ptr, dres_ptr, at, rows[:, None], cols, mask, seed, threshold,
             keep_scale, stride_dh, N, HAS_DH, HAS_DRES, DROPOUT,
@@ -171,11 +180,12 @@ def _bwd_kernel(
 def _bwd_wide_kernel(
     dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, seed_ptr,
     stride_dy, stride_dh, stride_h, N, threshold, keep_scale,
-    BLOCK_N: tl.constexpr, HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = row.to(tl.int64)
-    mean = tl.load(mean_ptr + at)
+    mean = tl.load(mean_ptr + at) if CENTER else 0.0
     rstd = tl.load(rstd_ptr + at)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     c1 = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -188,7 +198,7 @@ def _bwd_wide_kernel(
         c1 += g * (h - mean) * rstd  # g is 0 where there is no column
         c2 += g
     m1 = tl.sum(c1, 0) / N
-    m2 = tl.sum(c2, 0) / N
+    m2 = tl.sum(c2, 0) / N if CENTER else 0.0
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         h = tl.load(h_ptr + at * stride_h + cols, mask=cols < N, other=0.0).to(tl.float32)
@@ -204,7 +214,7 @@ def _bwd_wide_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _bwd_wide_weight_kernel(
     dy_ptr, h_ptr, mean_ptr, rstd_ptr, part_ptr, stride_dy, stride_h, M, N,
-    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     count = tl.num_programs(1)
@@ -215,7 +225,8 @@ def _bwd_wide_weight_kernel(
         at = tl.cast(row, tl.int64)
         h = tl.load(h_ptr + at * stride_h + cols, mask=cols < N, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at * stride_dy + cols, mask=cols < N, other=0.0).to(tl.float32)
-        dw += dy * (h - tl.load(mean_ptr + at)) * tl.load(rstd_ptr + at)
+        mean = tl.load(mean_ptr + at) if CENTER else 0.0
+        dw += dy * (h - mean) * tl.load(rstd_ptr + at)
         db += dy
     part_ptr += pid.to(tl.int64) * N
     tl.store(part_ptr + cols, dw, mask=cols < N)
@@ -231,22 +242,26 @@ def _rows(t: Tensor) -> Tensor:
 
 def layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, center: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """x, residual: (..., N) -> y of x's shape, h of the residual's or empty, mean, rstd: (M,)."""
+    """x, residual: (..., N) -> y of x's shape, h of the residual's or empty, mean, rstd: (M,).
+
+    Without center it is the RMS norm, and mean is empty.
+    """
     rows = _rows(x)
     M, N = rows.shape
     res = rows if residual is None else _rows(residual)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty(x.shape if residual is not None else 0, dtype=res.dtype, device=x.device)
-    mean = torch.empty(M, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    mean = torch.empty(M if center else 0, dtype=torch.float32, device=x.device)
     if M == 0:
         return y, h, mean, rstd
     tensors = (rows, res, weight.contiguous(), None if bias is None else bias.contiguous())
     args = (*tensors, y, h, mean, rstd, seed, rows.stride(0), res.stride(0))
     numbers = (eps, round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
     flags = {
+        "CENTER": center,
         "HAS_RESIDUAL": residual is not None,
         "HAS_BIAS": bias is not None,
         "DROPOUT": dropout_p > 0.0,
@@ -267,7 +282,7 @@ def layer_norm_fwd(
 
 def layer_norm_bwd(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
-    rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
+    rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype, center: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of y and h, either None -> dx, dresidual or empty, dweight, dbias or empty."""
     h_rows = _rows(h)
@@ -283,7 +298,12 @@ def layer_norm_bwd(
         return dx, dres, dw, torch.zeros_like(weight) if has_bias else weight.new_empty(0)
     strides = (dy_rows.stride(0), dh_rows.stride(0), h_rows.stride(0))
     numbers = (round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
-    flags = {"HAS_DH": dh is not None, "HAS_DRES": has_dres, "DROPOUT": dropout_p > 0.0}
+    flags = {
+        "CENTER": center,
+        "HAS_DH": dh is not None,
+        "HAS_DRES": has_dres,
+        "DROPOUT": dropout_p > 0.0,
+    }
     inputs = (dy_rows, dh_rows, h_rows, weight.contiguous(), mean, rstd, dx, dres)
     with on_device(h):
         tile = layer_norm_tile(N, backward=True)
@@ -298,7 +318,7 @@ def layer_norm_bwd(
             part = torch.empty((1 + has_bias, P, N), dtype=torch.float32, device=h.device)
             _bwd_wide_weight_kernel[(triton.cdiv(N, tile.block_n), P)](
                 dy_rows, h_rows, mean, rstd, part, strides[0], strides[2], M, N,
-                BLOCK_N=tile.block_n, HAS_BIAS=has_bias, **tile.options,
+                BLOCK_N=tile.block_n, CENTER=center, HAS_BIAS=has_bias, **tile.options,
             )  # fmt: skip
         else:
             _bwd_kernel[(P,)](

@@ -173,7 +173,7 @@ def layer_norm_tile(N: int, backward: bool = False) -> Tile:
     if chip() == "interpreter":
         return Tile(4, min(128, triton.next_power_of_2(N)), 1, 1)
     if backward:
-        per_warp, widest = (512 if 256 < N <= 4096 else 256), 4096
+        per_warp, widest = (512 if 256 < N <= 4096 else 256), (4096 if N <= 4096 else 2048)
     else:
         per_warp, widest = (1024 if N <= 4096 else 512), 8192
     block_n = min(widest, triton.next_power_of_2(N))

@@ -26,6 +26,7 @@ from fastgpt.kernels.attention import attention_fwd  # noqa: E402
 from fastgpt.kernels.attention_bwd import attention_bwd  # noqa: E402
 from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
+from fastgpt.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd  # noqa: E402
 from fastgpt.lab.cases import refused  # noqa: E402
 from fastgpt.lab.chips import TARGETS, chip  # noqa: E402
 from fastgpt.lab.compile import Kernel, offline  # noqa: E402
@@ -60,6 +61,17 @@ def layer_norm(
         h = h if residual else x
         dh = h if residual else None
         layer_norm_bwd(x, dh, h, w, bias, mean, rstd, p, SEED if p else None, dtype)
+
+    return launch
+
+
+def rms_norm(N: int, dtype: torch.dtype, stream: torch.dtype, residual: bool, p: float) -> Launch:
+    def launch() -> None:
+        x, w = torch.empty(64, N, dtype=dtype), torch.empty(N, dtype=stream)
+        res = torch.empty(64, N, dtype=stream) if residual else None
+        _, h, rstd = rms_norm_fwd(x, res, w, 1e-6, p, SEED if p else None)
+        h = h if residual else x
+        rms_norm_bwd(x, h if residual else None, h, w, rstd, p, SEED if p else None, dtype)
 
     return launch
 
@@ -101,6 +113,11 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
             for (dtype, stream), i in itertools.product(dtypes, range(14))
         ),
         *(
+            rms_norm(N, dtype, stream, residual, p)
+            for (dtype, stream), N in itertools.product(dtypes, (576, 4096, 8193))
+            for residual, p in ((False, 0.0), (True, 0.1))
+        ),
+        *(
             ffn(C, dtype, activation, recompute, bias)
             for C, dtype, activation, recompute, bias in itertools.product(
                 (768, 770, WIDEST_FUSED + 8), DTYPES, ACTIVATIONS, (True, False), (True, False)
@@ -130,6 +147,8 @@ def test_every_kernel_compiles(target: str) -> None:
             attention(64, torch.bfloat16, 0.0),
             layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1),
             layer_norm(8193, torch.bfloat16, torch.bfloat16, False, True, 0.0),
+            rms_norm(576, torch.bfloat16, torch.bfloat16, True, 0.0),
+            rms_norm(8193, torch.bfloat16, torch.bfloat16, True, 0.0),
             ffn(768, torch.bfloat16, "gelu_tanh", True, True),
             ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", True, True),
         ):

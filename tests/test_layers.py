@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastgpt import ops
-from fastgpt.layers import MLP, Block, CausalSelfAttention, KVCache, LayerNorm
+from fastgpt.layers import MLP, Block, CausalSelfAttention, KVCache, LayerNorm, RMSNorm
 
 
 @given(
@@ -48,6 +48,32 @@ def test_layer_norm_adds_the_residual(shape: tuple[int, ...]) -> None:
 def test_layer_norm_rejects_another_width() -> None:
     with pytest.raises(ValueError, match=r"^LayerNorm: x must end in \(8,\); got x \(2, 7\)$"):
         LayerNorm(8)(torch.randn(2, 7))
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    rows=st.lists(st.integers(1, 4), max_size=2),
+    affine=st.booleans(),
+    eps=st.sampled_from([None, 1e-3]),
+)
+def test_rms_norm_is_a_drop_in(
+    shape: list[int], rows: list[int], affine: bool, eps: float | None
+) -> None:
+    theirs = nn.RMSNorm(shape, eps=eps, elementwise_affine=affine)
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    ours = RMSNorm(shape, eps=eps, elementwise_affine=affine)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(*rows, *shape) * 1e-3  # small: eps shows
+    torch.testing.assert_close(ours(x), theirs(x))
+    y, h = ours(x, x)
+    torch.testing.assert_close((y, h), (theirs(x + x), x + x))
+
+
+def test_rms_norm_rejects_another_width() -> None:
+    with pytest.raises(ValueError, match=r"^RMSNorm: x must end in \(8,\); got x \(2, 7\)$"):
+        RMSNorm(8)(torch.randn(2, 7))
 
 
 def test_attention_is_the_formula() -> None:

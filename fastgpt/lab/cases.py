@@ -44,6 +44,17 @@ def _layer_norm(s: Sizes) -> None:
     layer_norm_bwd(x, dh, h if s["residual"] else x, weight, True, mean, rstd, p, seed, dtype)
 
 
+def _rms_norm(s: Sizes) -> None:
+    from fastgpt.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
+
+    M, N, p, dtype = s["M"], s["N"], s["dropout_p"], DTYPES[s["dtype"]]
+    x, res = (torch.empty(M, N, dtype=dtype) for _ in range(2))
+    weight = torch.empty(N, dtype=torch.float32)
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    _, h, rstd = rms_norm_fwd(x, res, weight, 1e-6, p, seed)
+    rms_norm_bwd(x, h, h, weight, rstd, p, seed, dtype)
+
+
 def _ffn(s: Sizes) -> None:
     from fastgpt.kernels.ffn import ffn_bwd, ffn_fwd
 
@@ -99,6 +110,11 @@ OPS = {
                 "bytes": "size * 2",
             },
         },
+    ),
+    "rms_norm": Case(
+        _rms_norm,
+        {"M": 8192, "N": 576, "dtype": "bf16", "dropout_p": 0.0},
+        tuple({"M": M, "N": 576} for M in (64, 128, 256)),
     ),
     "attention": Case(
         _attention,

@@ -8,6 +8,7 @@ from fastgpt.ops.dropout import dropout_mask
 from fastgpt.ops.ffn import ffn, ffn_ref
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_ref
 from fastgpt.ops.library import register_flop_formulas
+from fastgpt.ops.rms_norm import rms_norm, rms_norm_ref
 
 __all__ = [
     "Choice",
@@ -20,6 +21,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_ref",
     "register_flop_formulas",
+    "rms_norm",
+    "rms_norm_ref",
     "use",
 ]
 

@@ -11,7 +11,7 @@ from fastgpt.ops.dropout import check_dropout, draw_seed, dropout_mask
 from fastgpt.ops.library import define, fake, impl
 
 
-def _add(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
+def add_branch(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
     """residual + dropout(x), in residual's dtype; x itself without a residual."""
     if residual is None:
         return x
@@ -28,7 +28,7 @@ def _plain(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain PyTorch: its own layer norm, in the widest of the dtypes."""
-    h = _add(x, residual, p, seed)
+    h = add_branch(x, residual, p, seed)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     b = None if bias is None else bias.to(dtype)
     y = F.layer_norm(h.to(dtype), weight.shape, weight.to(dtype), b, eps)
@@ -46,7 +46,7 @@ def layer_norm_ref(
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The specification of `layer_norm`, in steps that each round to their own dtype."""
-    h = _add(x, residual, dropout_p, seed)
+    h = add_branch(x, residual, dropout_p, seed)
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     xhat = (wide - wide.mean(-1, keepdim=True)) * torch.rsqrt(
         wide.var(-1, correction=0, keepdim=True) + eps
@@ -76,7 +76,7 @@ def _layer_norm_fwd(
         from fastgpt.kernels.layer_norm import layer_norm_fwd
 
         return layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)
-    h = _add(x, residual, dropout_p, seed)
+    h = add_branch(x, residual, dropout_p, seed)
     y, _ = _plain(h, None, weight, bias, eps, 0.0, None)
     wide = h.to(torch.promote_types(h.dtype, torch.float32)).flatten(0, -2)
     var, mean = torch.var_mean(wide, -1, correction=0)
@@ -176,7 +176,7 @@ class LayerNormFunction(torch.autograd.Function):
         db: Tensor | None
         if backend.double_backward():
             dres, dw, db = _double(dy, dh, h, weight, ctx.eps)
-            dx = _add_grad(dres, ctx.dropout_p, seed).to(ctx.x_dtype)
+            dx = branch_grad(dres, ctx.dropout_p, seed).to(ctx.x_dtype)
         else:
             dx, dres, dw, db = torch.ops.fastgpt.layer_norm_bwd(
                 dy, dh, h, weight, needs_bias, mean, rstd, ctx.dropout_p, seed, ctx.x_dtype
@@ -193,7 +193,7 @@ class LayerNormFunction(torch.autograd.Function):
         )
 
 
-def _add_grad(dres: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def branch_grad(dres: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Gradient of dropout(x) from that of the sum it went into."""
     if p == 0.0 or seed is None:
         return dres
@@ -220,34 +220,38 @@ def _double(
     return dres.to(h.dtype), dw, db
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def check_norm(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    dropout_p: float, seed: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise unless shapes, dtypes and devices are those of a norm."""
     if x.ndim < 1 or x.shape[-1] == 0:
-        raise ValueError(
-            f"layer_norm: x must have a last dimension of at least 1; got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{op}: x must have a last dimension of at least 1; got {tuple(x.shape)}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != x.shape[-1:]:
             raise ValueError(
-                f"layer_norm: {name} must be ({x.shape[-1]},), the last dimension of x;"
+                f"{op}: {name} must be ({x.shape[-1]},), the last dimension of x;"
                 f" got {name} {tuple(t.shape)}, x {tuple(x.shape)}"
             )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
-            "layer_norm: residual must have x's shape;"
+            f"{op}: residual must have x's shape;"
             f" got residual {tuple(residual.shape)}, x {tuple(x.shape)}"
         )
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and not t.dtype.is_floating_point:
-            raise TypeError(f"layer_norm: {name} must have a floating dtype; got {t.dtype}")
+            raise TypeError(f"{op}: {name} must have a floating dtype; got {t.dtype}")
         if t is not None and t.device != x.device:
             raise ValueError(
-                f"layer_norm: all tensors must be on one device;"
-                f" got x {x.device}, {name} {t.device}"
+                f"{op}: all tensors must be on one device; got x {x.device}, {name} {t.device}"
             )
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(
-            f"layer_norm: weight and bias must have one dtype; got {weight.dtype}, {bias.dtype}"
+            f"{op}: weight and bias must have one dtype; got {weight.dtype}, {bias.dtype}"
         )
+    check_dropout(op, dropout_p, seed)
+    if residual is None and dropout_p > 0.0:
+        raise ValueError(f"{op}: dropout_p needs residual; got dropout_p {dropout_p} alone")
 
 
 @overload
@@ -297,11 +301,8 @@ def layer_norm(
 
     Ba, Kiros, Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450, eq. 4.
     """
-    _check(x, weight, bias, residual)
-    check_dropout("layer_norm", dropout_p, seed)
-    if residual is None and dropout_p > 0.0:
-        raise ValueError(f"layer_norm: dropout_p needs residual; got dropout_p {dropout_p} alone")
-    if backend.kernel_chosen("layer_norm", x, _obstacle(weight, residual)):
+    check_norm("layer_norm", x, weight, bias, residual, dropout_p, seed)
+    if backend.kernel_chosen("layer_norm", x, norm_obstacle(weight, residual)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
         out = LayerNormFunction.apply(x, residual, weight, bias, eps, dropout_p, seed)
@@ -310,7 +311,8 @@ def layer_norm(
     return y if residual is None else (y, h)
 
 
-def _obstacle(weight: Tensor, residual: Tensor | None) -> str | None:
+def norm_obstacle(weight: Tensor, residual: Tensor | None) -> str | None:
+    """What keeps a norm's kernel from running, beside x."""
     for name, t in (("weight", weight), ("residual", residual)):
         if t is not None and t.dtype == torch.float64:
             return f"the kernel takes no float64; {name} is"

@@ -175,7 +175,7 @@ def layer_norm_tile(N: int, backward: bool = False) -> Tile:
     if backward:
         per_warp, widest = (512 if 256 < N <= 4096 else 256), (4096 if N <= 4096 else 2048)
     else:
-        per_warp, widest = (1024 if N <= 4096 else 512), 8192
+        per_warp, widest = (1024 if N <= 4096 else 512), (8192 if N <= 8192 else 4096)
     block_n = min(widest, triton.next_power_of_2(N))
     return Tile(min(32, max(1, per_warp // block_n)), block_n, max(1, block_n // per_warp), 1)
 

@@ -157,7 +157,7 @@ class MLP(nn.Module):
     Args:
         n_embd: width C.
         bias: whether the two linear layers have a bias.
-        activation: "gelu_tanh", "gelu" or "relu".
+        activation: "gelu_tanh", "gelu", "relu" or "silu".
     """
 
     def __init__(self, n_embd: int, bias: bool = True, activation: str = "gelu_tanh") -> None:
@@ -170,6 +170,36 @@ class MLP(nn.Module):
         """x: (..., C) -> (..., C)."""
         up, down = self.c_fc, self.c_proj
         return ops.ffn(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
+
+
+class GatedMLP(nn.Module):
+    """The gated feed-forward: down_proj(act(gate_proj(x)) * up_proj(x)), Llama's with "silu".
+
+    Parameters have the names that Llama's checkpoints give them.
+
+    Args:
+        n_embd: width C.
+        n_inner: width F inside.
+        bias: whether the three linear layers have a bias.
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" (ReGLU).
+    """
+
+    def __init__(
+        self, n_embd: int, n_inner: int, bias: bool = False, activation: str = "silu"
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_proj = nn.Linear(n_embd, n_inner, bias)
+        self.up_proj = nn.Linear(n_embd, n_inner, bias)
+        self.down_proj = nn.Linear(n_inner, n_embd, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C) -> (..., C)."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return ops.ffn(
+            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation,
+            w_gate=gate.weight, b_gate=gate.bias,
+        )  # fmt: skip
 
 
 class Block(nn.Module):

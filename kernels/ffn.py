@@ -1,16 +1,20 @@
-"""The feed-forward of a GPT block, forward and backward: y = act(x w1^T + b1) w2^T + b2.
+"""The feed-forward of a transformer block, forward and backward: y = h w2^T + b2.
 
-    pre = x w1^T + b1        act = f(pre)        y = act w2^T + b2
-    dact = dy w2             dpre = dact * f'(pre)
-    dw2 = dy^T act    db2 = sum(dy)    dw1 = dpre^T x    db1 = sum(dpre)    dx = dpre w1
+    plain:  u = x w1^T + b1                                h = f(u)
+    gated:  u = x w_gate^T + b_gate,  z = x w1^T + b1      h = f(u) z
 
-The product that makes pre adds the bias and applies f as it leaves the registers; the one that
-makes dact multiplies by f', makes act again and sums its columns for db1: per block of rows one
-float32 partial sum, added by a second kernel, so no atomics. The other products are the vendor's.
+    dh = dy w2        du = dh f'(u)  or  dh z f'(u)        dz = dh f(u)
+    dw2 = dy^T h   db2 = sum(dy)   dw = du^T x   db = sum(du)   dx = du w   (+ the same of dz)
 
-    gelu_tanh: f(u) = u S, S = 1/2 (1 + tanh z) = sigmoid(2 z), z = sqrt(2/pi) (u + 0.044715 u^3)
-               f'(u) = S + u S (1 - S) 2 z'
+One kernel makes u, and z beside it from the same tiles of x, adds the biases and applies f as they
+leave the registers. The one that makes dh multiplies by f', makes h again and sums the columns of
+du and dz: per block of rows one float32 partial sum, added by a second kernel, so no atomics. The
+other products are the vendor's. u and z lie in one tensor, pre: (1 or 2, M, F), and so do du, dz.
+
+    gelu_tanh: f(u) = u S, S = 1/2 (1 + tanh t) = sigmoid(2 t), t = sqrt(2/pi) (u + 0.044715 u^3)
+               f'(u) = S + u S (1 - S) 2 t'
     gelu:      f(u) = u P(u), f'(u) = P(u) + u p(u), P and p of the normal distribution
+    silu:      f(u) = u S, S = sigmoid(u), f'(u) = S + u S (1 - S)
     relu:      f(u) = max(0, u), f'(u) = [u > 0]
 
 Where the vendor's product and a pointwise pass are known to win, they are used: see `fuses`.
@@ -42,48 +46,53 @@ def fuses(x: Tensor) -> bool:
 
 
 @triton.jit
-def _sigmoid_of_gelu(u):
-    """S = sigmoid(2 z) of gelu_tanh, and 2 z'."""
-    u2 = u * u
-    z2 = u * tl.fma(u2, 0.07135481282553968, 1.5957691216057308)  # 2 sqrt(2/pi) (u + 0.044715 u^3)
-    dz2 = tl.fma(u2, 0.21406443847661904, 1.5957691216057308)
-    return 1.0 / (1.0 + tl.math.exp2(z2 * -1.4426950408889634)), dz2
+def _gate_of(u, ACT: tl.constexpr):
+    """S of f(u) = u S, and the derivative of what the sigmoid is taken of."""
+    if ACT == "silu":
+        return 1.0 / (1.0 + tl.math.exp2(u * -1.4426950408889634)), 1.0
+    else:
+        u2 = u * u
+        t2 = u * tl.fma(u2, 0.07135481282553968, 1.5957691216057308)  # 2 t
+        dt2 = tl.fma(u2, 0.21406443847661904, 1.5957691216057308)
+        return 1.0 / (1.0 + tl.math.exp2(t2 * -1.4426950408889634)), dt2
 
 
 @triton.jit
 def _act(u, ACT: tl.constexpr):
     if ACT == "relu":
-        return tl.maximum(u, 0.0)
+        return tl.where(u < 0.0, 0.0, u)  # not the maximum, which drops NaN
     elif ACT == "gelu":
         return u * (0.5 + 0.5 * tl.math.erf(u * 0.7071067811865476))
     else:
-        s, _ = _sigmoid_of_gelu(u)
+        s, _ = _gate_of(u, ACT)
         return u * s
 
 
 @triton.jit
 def _act_and_grad(u, ACT: tl.constexpr):
     if ACT == "relu":
-        return tl.maximum(u, 0.0), tl.where(u > 0.0, 1.0, 0.0)
+        return tl.where(u < 0.0, 0.0, u), tl.where(u <= 0.0, 0.0, 1.0)
     elif ACT == "gelu":
         phi = 0.5 + 0.5 * tl.math.erf(u * 0.7071067811865476)
         density = tl.math.exp2(u * u * -0.7213475204444817) * 0.3989422804014327
         return u * phi, tl.fma(u, density, phi)
     else:
-        s, dz2 = _sigmoid_of_gelu(u)
+        s, dt = _gate_of(u, ACT)
         act = u * s
-        return act, tl.fma(act * (1.0 - s), dz2, s)
+        return act, tl.fma(act * (1.0 - s), dt, s)
 
 
 @triton.jit
 def _product(
-    a_ptr, b_ptr, start_m, start_n, stride_a, stride_b, M, N, K,
+    a_ptr, b_ptr, c_ptr, start_m, start_n, stride_a, stride_b, stride_c, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, B_ROWS: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the product of a (M, K) and b over K, in float32 [BLOCK_M, BLOCK_N].
+    """One tile of the product of a (M, K) and b over K, in float32 [BLOCK_M, BLOCK_N]; if TWO,
+    that of a and c beside it, from the same a.
 
-    b is (N, K), read transposed, if B_ROWS; else (K, N). Rows beyond the edge read the last one
-    again, so that the loop needs no mask. Columns beyond it are masked: clamped, they would no
+    b and c are (N, K), read transposed, if B_ROWS; else (K, N). Rows beyond the edge read the last
+    one again, so that the loop needs no mask. Columns beyond it are masked: clamped, they would no
     longer be known to lie side by side, and be read one by one.
     """
     offs_k = tl.arange(0, BLOCK_K)
@@ -94,12 +103,15 @@ def _product(
     a_offs = offs_m[:, None] * stride_a + offs_k[None, :]
     if B_ROWS:
         b_ptr += start_n.to(tl.int64) * stride_b
+        c_ptr += start_n.to(tl.int64) * stride_c
         offs_n = tl.minimum(offs_n, N - 1 - start_n)
         b_offs = offs_n[:, None] * stride_b + offs_k[None, :]
+        c_offs = offs_n[:, None] * stride_c + offs_k[None, :]
     else:
         b_ptr += start_n
         b_offs = offs_k[:, None] * stride_b + offs_n[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc_c = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     step_b = BLOCK_K if B_ROWS else BLOCK_K * stride_b
     for i in tl.range(0, K // BLOCK_K):
         a = tl.load(a_ptr + i * BLOCK_K + a_offs)
@@ -109,17 +121,23 @@ def _product(
         else:
             b = tl.load(at, mask=keep_n, other=0.0)
         acc = tl.dot(a, b, acc)
+        if TWO:
+            acc_c = tl.dot(a, tl.trans(tl.load(c_ptr + i * BLOCK_K + c_offs)), acc_c)
     a_ptr += K // BLOCK_K * BLOCK_K
     b_ptr += tl.cast(K // BLOCK_K, tl.int64) * step_b
     rest = K % BLOCK_K
     if rest > 0:
-        a = tl.load(a_ptr + a_offs, mask=offs_k[None, :] < rest, other=0.0)
+        keep_k = offs_k[None, :] < rest
+        a = tl.load(a_ptr + a_offs, mask=keep_k, other=0.0)
         if B_ROWS:
-            b = tl.trans(tl.load(b_ptr + b_offs, mask=offs_k[None, :] < rest, other=0.0))
+            b = tl.trans(tl.load(b_ptr + b_offs, mask=keep_k, other=0.0))
         else:
             b = tl.load(b_ptr + b_offs, mask=(offs_k[:, None] < rest) & keep_n, other=0.0)
         acc = tl.dot(a, b, acc)
-    return acc
+        if TWO:
+            c_ptr += K // BLOCK_K * BLOCK_K
+            acc_c = tl.dot(a, tl.trans(tl.load(c_ptr + c_offs, mask=keep_k, other=0.0)), acc_c)
+    return acc, acc_c
 
 
 @triton.jit
@@ -134,200 +152,278 @@ def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constex
     return first + within % width, within // width
 
 
+@triton.jit
+def _with_bias(u, b_ptr, cols, N, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        u += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return u
+
+
 @triton.jit(do_not_specialize=["M"])
 def _up_kernel(
-    x_ptr, w_ptr, b_ptr, pre_ptr, act_ptr, stride_x, stride_w, M, N, K,
-    ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_PRE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    x_ptr, w_ptr, v_ptr, b_ptr, c_ptr, pre_ptr, h_ptr, stride_x, stride_w, stride_v, M, N, K,
+    ACT: tl.constexpr, GATED: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr,
+    SAVE_PRE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
+    """u = x w^T + b; if GATED z = x v^T + c; h = f(u) or f(u) z."""
     block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    pre = _product(
-        x_ptr, w_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_x, stride_w, M, N, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, True,
+    u, z = _product(
+        x_ptr, w_ptr, v_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_x, stride_w, stride_v,
+        M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, True, GATED,
     )  # fmt: skip
-    if HAS_BIAS:
-        pre += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     mask = (rows[:, None] < M) & (cols[None, :] < N)
     at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    pre = pre.to(act_ptr.dtype.element_ty)  # backward makes act again from the rounded pre
+    # Rounded, because backward makes h again from what is saved.
+    u = _with_bias(u, b_ptr, cols, N, HAS_B).to(h_ptr.dtype.element_ty)
     if SAVE_PRE:
-        tl.store(pre_ptr + at, pre, mask=mask)
-    act = _act(pre.to(tl.float32), ACT)
-    tl.store(act_ptr + at, act.to(act_ptr.dtype.element_ty), mask=mask)
+        tl.store(pre_ptr + at, u, mask=mask)
+    h = _act(u.to(tl.float32), ACT)
+    if GATED:
+        z = _with_bias(z, c_ptr, cols, N, HAS_C).to(h_ptr.dtype.element_ty)
+        if SAVE_PRE:
+            tl.store(pre_ptr + M.to(tl.int64) * N + at, z, mask=mask)
+        h *= z.to(tl.float32)
+    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _through(dh, pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT: tl.constexpr,
+             GATED: tl.constexpr, SAVE_H: tl.constexpr):  # fmt: skip
+    """Stores du, and dz if GATED, a tensor's size further on, and h if SAVE_H; -> du, dz."""
+    h, grad = _act_and_grad(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
+    dz = dh * h
+    if GATED:
+        z = tl.load(pre_ptr + size + at, mask=mask, other=0.0).to(tl.float32)
+        dh *= z
+        h *= z
+        dz = tl.where(mask, dz, 0.0)
+        tl.store(dpre_ptr + size + at, dz.to(dpre_ptr.dtype.element_ty), mask=mask)
+    du = tl.where(mask, dh * grad, 0.0)
+    tl.store(dpre_ptr + at, du.to(dpre_ptr.dtype.element_ty), mask=mask)
+    if SAVE_H:
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
+    return du, dz
 
 
 @triton.jit(do_not_specialize=["M"])
-def _dact_kernel(
-    dy_ptr, w_ptr, pre_ptr, dpre_ptr, act_ptr, part_ptr, stride_dy, stride_w, M, N, K,
-    ACT: tl.constexpr, SAVE_ACT: tl.constexpr, SUM: tl.constexpr,
+def _dh_kernel(
+    dy_ptr, w_ptr, pre_ptr, dpre_ptr, h_ptr, part_ptr, stride_dy, stride_w, M, N, K,
+    ACT: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr, SUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    dact = _product(
-        dy_ptr, w_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_dy, stride_w, M, N, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, False,
+    dh, _ = _product(
+        dy_ptr, w_ptr, w_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_dy, stride_w, stride_w,
+        M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, False, False,
     )  # fmt: skip
+    size = M.to(tl.int64) * N
+    part_ptr += block_m.to(tl.int64) * N
     # One half of the columns at a time: all of them at once do not fit in registers.
-    halves = dact.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    halves = dh.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
     for half in tl.static_range(2):
         cols = block_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         mask = (rows[:, None] < M) & (cols[None, :] < N)
         at = rows[:, None].to(tl.int64) * N + cols[None, :]
-        act, grad = _act_and_grad(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
-        if SAVE_ACT:
-            tl.store(act_ptr + at, act.to(act_ptr.dtype.element_ty), mask=mask)
-        dpre = tl.where(mask, halves[half] * grad, 0.0)
-        tl.store(dpre_ptr + at, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        du, dz = _through(
+            halves[half], pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT, GATED, SAVE_H
+        )
         if SUM:
-            tl.store(part_ptr + block_m.to(tl.int64) * N + cols, tl.sum(dpre, 0), mask=cols < N)
+            tl.store(part_ptr + cols, tl.sum(du, 0), mask=cols < N)
+            if GATED:
+                second = part_ptr + tl.cdiv(M, BLOCK_M).to(tl.int64) * N
+                tl.store(second + cols, tl.sum(dz, 0), mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _act_kernel(
-    pre_ptr, act_ptr, M, N, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """act = f(pre), where the vendor made pre with its bias; in place if the pointers are equal."""
+    pre_ptr, h_ptr, M, N, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """h of what the vendor made with its biases; in place of u if the pointers are equal."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (cols[None, :] < N)
     at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    act = _act(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
-    tl.store(act_ptr + at, act.to(act_ptr.dtype.element_ty), mask=mask)
+    h = _act(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
+    if GATED:
+        h *= tl.load(pre_ptr + M.to(tl.int64) * N + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def _act_grad_kernel(
-    dact_ptr, pre_ptr, act_ptr, part_ptr, M, N, rows_each,
-    ACT: tl.constexpr, SAVE_ACT: tl.constexpr, SUM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    dpre_ptr, pre_ptr, h_ptr, part_ptr, M, N, rows_each,
+    ACT: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dact becomes dpre in place; act is made again; columns of dpre are summed per program."""
+    """dh, where du is to be, becomes du in place; the columns are summed per program."""
     first = tl.program_id(0) * rows_each
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    total_z = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    size = M.to(tl.int64) * N
     for start in tl.range(first, tl.minimum(first + rows_each, M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows[:, None] < M) & (cols[None, :] < N)
         at = rows[:, None].to(tl.int64) * N + cols[None, :]
-        act, grad = _act_and_grad(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
-        if SAVE_ACT:
-            tl.store(act_ptr + at, act.to(act_ptr.dtype.element_ty), mask=mask)
-        dpre = tl.load(dact_ptr + at, mask=mask, other=0.0).to(tl.float32) * grad
-        tl.store(dact_ptr + at, dpre.to(dact_ptr.dtype.element_ty), mask=mask)
-        total += dpre
+        dh = tl.load(dpre_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        du, dz = _through(dh, pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT, GATED, SAVE_H)
+        total += du
+        if GATED:
+            total_z += dz
     if SUM:
         part = part_ptr + tl.program_id(0).to(tl.int64) * N
         tl.store(part + cols, tl.sum(total, 0), mask=cols < N)
+        if GATED:
+            part += tl.num_programs(0).to(tl.int64) * N
+            tl.store(part + cols, tl.sum(total_z, 0), mask=cols < N)
 
 
 def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+Weights = tuple[Tensor, ...]  # w1, or w_gate and w1: the one that f is applied to comes first
+Biases = tuple[Tensor | None, ...]
+
+
 def _up_fused(
-    x: Tensor, w1: Tensor, b1: Tensor | None, activation: str, save_pre: bool
+    x: Tensor, ws: Weights, bs: Biases, activation: str, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> pre (anything unless to be saved), act, from one product."""
-    x, w1 = _rows(x), _rows(w1)
-    (M, K), N = x.shape, w1.shape[0]
-    act = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    pre = torch.empty_like(act) if save_pre else act
-    tile = ffn_tile()
+    """-> pre (anything unless to be saved), h, from one pass over x."""
+    x, ws = _rows(x), tuple(_rows(w) for w in ws)
+    bs = tuple(None if b is None else b.contiguous() for b in bs)
+    (M, K), N = x.shape, len(ws[0])
+    h = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    pre = torch.empty((len(ws), M, N), dtype=x.dtype, device=x.device) if save_pre else h
+    tile = ffn_tile(two=len(ws) == 2)
     _up_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-        x, w1, None if b1 is None else b1.contiguous(), pre, act, x.stride(0), w1.stride(0), M, N,
-        K, ACT=activation, HAS_BIAS=b1 is not None, SAVE_PRE=save_pre, BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=8, **tile.options,
+        x, ws[0], ws[-1], bs[0], bs[-1], pre, h, x.stride(0), ws[0].stride(0), ws[-1].stride(0),
+        M, N, K, ACT=activation, GATED=len(ws) == 2, HAS_B=bs[0] is not None,
+        HAS_C=bs[-1] is not None, SAVE_PRE=save_pre, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, GROUP=8, **tile.options,
     )  # fmt: skip
-    return pre, act
+    return pre, h
 
 
 def _up_vendor(
-    x: Tensor, w1: Tensor, b1: Tensor | None, activation: str, save_pre: bool
+    x: Tensor, ws: Weights, bs: Biases, activation: str, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same by the vendor's product and a pointwise pass, in place unless pre is saved."""
-    pre = F.linear(x, w1, b1)
-    act = torch.empty_like(pre) if save_pre else pre
-    M, N = pre.shape
+    """The same by the vendor's products and a pointwise pass, in place unless pre is saved."""
+    M, N = len(x), len(ws[0])
+    pre = torch.empty((len(ws), M, N), dtype=x.dtype, device=x.device)
+    for u, w, b in zip(pre, ws, bs, strict=True):
+        if b is None:
+            torch.mm(x, w.T, out=u)
+        else:
+            torch.addmm(b, x, w.T, out=u)
+    h = torch.empty_like(pre[0]) if save_pre else pre[0]
     tile = act_tile()
     if M > 0:
         _act_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
-            pre, act, M, N, ACT=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            **tile.options,
+            pre, h, M, N, ACT=activation, GATED=len(ws) == 2, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip
-    return pre, act
+    return pre, h
 
 
-def _dact_fused(
-    dy: Tensor, w2: Tensor, pre: Tensor, act: Tensor, activation: str, save_act: bool, sum_: bool
+def _dh_fused(
+    dy: Tensor, w2: Tensor, pre: Tensor, h: Tensor, activation: str, save_h: bool, sum_: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> dpre, partial sums of its columns (1, P, F); act is filled if save_act."""
+    """-> dpre like pre, partial sums of its columns (1 or 2, P, F); h is filled if save_h."""
     dy, w2 = _rows(dy), _rows(w2)
     (M, K), N = dy.shape, w2.shape[1]
     dpre = torch.empty_like(pre)
     tile = ffn_tile()
     blocks_m = triton.cdiv(M, tile.block_m)
-    part = torch.empty((1, blocks_m, N), dtype=torch.float32, device=dy.device)
-    _dact_kernel[(blocks_m * triton.cdiv(N, tile.block_n),)](
-        dy, w2, pre, dpre, act, part, dy.stride(0), w2.stride(0), M, N, K, ACT=activation,
-        SAVE_ACT=save_act, SUM=sum_, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+    part = torch.empty((len(pre), blocks_m, N), dtype=torch.float32, device=dy.device)
+    _dh_kernel[(blocks_m * triton.cdiv(N, tile.block_n),)](
+        dy, w2, pre, dpre, h, part, dy.stride(0), w2.stride(0), M, N, K, ACT=activation,
+        GATED=len(pre) == 2, SAVE_H=save_h, SUM=sum_, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, GROUP=8, **tile.options,
     )  # fmt: skip
     return dpre, part
 
 
-def _dact_vendor(
-    dy: Tensor, w2: Tensor, pre: Tensor, act: Tensor, activation: str, save_act: bool, sum_: bool
+def _dh_vendor(
+    dy: Tensor, w2: Tensor, pre: Tensor, h: Tensor, activation: str, save_h: bool, sum_: bool
 ) -> tuple[Tensor, Tensor]:
     """The same by the vendor's product and a pass over it in place."""
-    dpre = dy @ w2
-    M, N = dpre.shape
+    _, M, N = pre.shape
+    dpre = torch.empty_like(pre)
+    torch.mm(dy, w2, out=dpre[0])
     tile = act_tile()
     each = tile.block_m * max(1, triton.cdiv(M, 64 * tile.block_m))  # rows of a program
     groups = triton.cdiv(M, each)
-    part = torch.zeros((1, max(1, groups), N), dtype=torch.float32, device=dy.device)
+    part = torch.zeros((len(pre), max(1, groups), N), dtype=torch.float32, device=dy.device)
     if M > 0:
         _act_grad_kernel[(groups, triton.cdiv(N, tile.block_n))](
-            dpre, pre, act, part, M, N, each, ACT=activation, SAVE_ACT=save_act, SUM=sum_,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
+            dpre, pre, h, part, M, N, each, ACT=activation, GATED=len(pre) == 2, SAVE_H=save_h,
+            SUM=sum_, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip
     return dpre, part
 
 
-def ffn_fwd(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str,
-    save_pre: bool, save_act: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x: (M, C), w1: (F, C), w2: (C2, F) -> y: (M, C2), pre and act: (M, F) or empty."""
-    up = _up_fused if len(x) > 0 and fuses(x) else _up_vendor
+def _first(
+    w1: Tensor, b1: Tensor | None, w_gate: Tensor | None, b_gate: Tensor | None
+) -> tuple[Weights, Biases]:
+    return ((w1,), (b1,)) if w_gate is None else ((w_gate, w1), (b_gate, b1))
+
+
+def _up(
+    x: Tensor, ws: Weights, bs: Biases, activation: str, save_pre: bool
+) -> tuple[Tensor, Tensor]:
     with on_device(x):
-        pre, act = up(x, w1, b1, activation, save_pre)
-    y = F.linear(act, w2, b2)
+        return (_up_fused if len(x) > 0 and fuses(x) else _up_vendor)(
+            x, ws, bs, activation, save_pre
+        )
+
+
+def ffn_fwd(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    w_gate: Tensor | None, b_gate: Tensor | None, activation: str, save_pre: bool, save_h: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x: (M, C), w1 and w_gate: (F, C), w2: (C2, F) -> y: (M, C2), pre: (1 or 2, M, F) or empty,
+    h: (M, F) or empty."""
+    pre, h = _up(x, *_first(w1, b1, w_gate, b_gate), activation, save_pre)
+    y = F.linear(h, w2, b2)
     empty = (0,)
-    return y, pre if save_pre else x.new_empty(empty), act if save_act else x.new_empty(empty)
+    return y, pre if save_pre else x.new_empty(empty), h if save_h else x.new_empty(empty)
 
 
 def ffn_bwd(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, act: Tensor, activation: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dy: (M, C2), pre: (M, F), act: (M, F) or empty -> dx, dw1, db1, dw2, db2, each if needed."""
-    dx, dw1, db1, dw2, db2 = (x.new_empty(0) for _ in range(5))
-    save_act = needs[3] and act.numel() == 0
-    act = torch.empty_like(pre) if save_act else act
-    dact = _dact_fused if len(dy) > 0 and fuses(dy) else _dact_vendor
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, w_gate: Tensor | None,
+    b_gate: Tensor | None, pre: Tensor, h: Tensor, activation: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dy: (M, C2), pre and h as forward gives them -> dx, dw1, db1, dw2, db2, dw_gate, db_gate,
+    each if needed."""
+    dx, dw1, db1, dw2, db2, dw_gate, db_gate = (x.new_empty(0) for _ in range(7))
+    ws, bs = _first(w1, b1, w_gate, b_gate)
+    if pre.numel() == 0:
+        pre, h = _up(x, ws, bs, activation, True)
+    save_h = needs[3] and h.numel() == 0
+    h = torch.empty_like(pre[0]) if save_h else h
+    dh = _dh_fused if len(dy) > 0 and fuses(dy) else _dh_vendor
     with on_device(x):
-        dpre, part = dact(dy, w2, pre, act, activation, save_act, needs[2])
+        dpre, part = dh(dy, w2, pre, h, activation, save_h, needs[2] or needs[6])
     if needs[0]:
-        dx = dpre @ w1
+        dx = dpre[0] @ ws[0]
+        if w_gate is not None:
+            dx = torch.addmm(dx, dpre[1], w1)
     if needs[1]:
-        dw1 = dpre.T @ x
-    if needs[2]:
-        db1 = column_sum(part, w1.dtype)[0]
+        dw1 = dpre[-1].T @ x
+    if needs[5]:
+        dw_gate = dpre[0].T @ x
+    if needs[2] or needs[6]:
+        sums = column_sum(part, w1.dtype)
+        db1 = sums[-1] if needs[2] else db1
+        db_gate = sums[0] if needs[6] else db_gate
     if needs[3]:
-        dw2 = dy.T @ act
+        dw2 = dy.T @ h
     if needs[4]:
         db2 = dy.sum(0)
-    return dx, dw1, db1, dw2, db2
+    return dx, dw1, db1, dw2, db2, dw_gate, db_gate

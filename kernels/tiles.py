@@ -185,10 +185,12 @@ class ProductTile(Tile):
     block_k: int = 32
 
 
-def ffn_tile() -> ProductTile:
-    """Of the feed-forward's products, in 16-bit dtypes."""
+def ffn_tile(two: bool = False) -> ProductTile:
+    """Of the feed-forward's products, in 16-bit dtypes; two: of two products side by side."""
     if chip() == "interpreter":
         return ProductTile(32, 32, 4, 1, 16)
+    if two and not chip().startswith("gfx"):
+        return ProductTile(128, 64, 8, 3, 64)
     if chip().startswith("gfx"):
         return ProductTile(128, 128, 8, 2, 64 if chip() == "gfx9" else 32)
     return ProductTile(128, 128, 8, 4, 64)

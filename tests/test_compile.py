@@ -76,14 +76,17 @@ def rms_norm(N: int, dtype: torch.dtype, stream: torch.dtype, residual: bool, p:
     return launch
 
 
-def ffn(C: int, dtype: torch.dtype, activation: str, recompute: bool, bias: bool) -> Launch:
+def ffn(
+    C: int, dtype: torch.dtype, activation: str, recompute: int, bias: bool, gated: bool
+) -> Launch:
     def launch() -> None:
         x, w1, w2 = (torch.empty(s, dtype=dtype) for s in ((256, C), (512, C), (C, 512)))
         b1 = torch.empty(512, dtype=dtype) if bias else None
-        y, pre, act = ffn_fwd(x, w1, b1, w2, None, activation, True, not recompute)
-        needs = [True, True, bias, True, False]
-        ffn_bwd(y, x, w1, w2, pre, act, activation, needs)
-        ffn_fwd(x, w1, b1, w2, None, activation, False, False)
+        v, c = (w1, b1) if gated else (None, None)
+        y, pre, h = ffn_fwd(x, w1, b1, w2, None, v, c, activation, recompute < 2, recompute < 1)
+        needs = [True, True, bias, True, False, gated, gated and bias]
+        ffn_bwd(y, x, w1, b1, w2, v, c, pre, h, activation, needs)
+        ffn_fwd(x, w1, b1, w2, None, v, c, activation, False, False)
 
     return launch
 
@@ -118,9 +121,14 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
             for residual, p in ((False, 0.0), (True, 0.1))
         ),
         *(
-            ffn(C, dtype, activation, recompute, bias)
-            for C, dtype, activation, recompute, bias in itertools.product(
-                (768, 770, WIDEST_FUSED + 8), DTYPES, ACTIVATIONS, (True, False), (True, False)
+            ffn(C, dtype, activation, recompute, bias, gated)
+            for C, dtype, activation, recompute, bias, gated in itertools.product(
+                (768, 770, WIDEST_FUSED + 8),
+                DTYPES,
+                ACTIVATIONS,
+                (0, 1),
+                (True, False),
+                (True, False),
             )
         ),
     ]
@@ -149,8 +157,9 @@ def test_every_kernel_compiles(target: str) -> None:
             layer_norm(8193, torch.bfloat16, torch.bfloat16, False, True, 0.0),
             rms_norm(576, torch.bfloat16, torch.bfloat16, True, 0.0),
             rms_norm(8193, torch.bfloat16, torch.bfloat16, True, 0.0),
-            ffn(768, torch.bfloat16, "gelu_tanh", True, True),
-            ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", True, True),
+            ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False),
+            ffn(768, torch.bfloat16, "silu", 2, False, True),
+            ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", 1, True, False),
         ):
             launch()
     assert {k.name for k in kernels} == all_kernels()
@@ -178,8 +187,9 @@ def test_three_sizes_compile_once() -> None:
             w, f = torch.empty(768, dtype=x.dtype), torch.empty(3072, 768, dtype=x.dtype)
             _, _, mean, rstd = layer_norm_fwd(x, None, w, w, 1e-5, 0.0, None)
             layer_norm_bwd(x, None, x, w, True, mean, rstd, 0.0, None, x.dtype)
-            y, pre, act = ffn_fwd(x, f, None, f.T, None, "gelu", True, False)
-            ffn_bwd(y, x, f, f.T.contiguous(), pre, act, "gelu", [True] * 5)
+            y, pre, h = ffn_fwd(x, f, None, f.T, None, None, None, "gelu", True, False)
+            needs = [True] * 5 + [False] * 2
+            ffn_bwd(y, x, f, None, f.T.contiguous(), None, None, pre, h, "gelu", needs)
     binaries: dict[str, set[str]] = {}
     for k in kernels:
         binaries.setdefault(k.name, set()).add(k.binary.hash)
@@ -191,7 +201,7 @@ def test_no_product_spills_into_integer_or_double_arithmetic() -> None:
     with offline("sm_90") as kernels:
         attention(64, torch.bfloat16, 0.1)()
         layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1)()
-        ffn(768, torch.bfloat16, "gelu", True, True)()
+        ffn(768, torch.bfloat16, "gelu", 1, True, False)()
     for k in kernels:
         assert ".f64" not in k.binary.asm["ptx"], k
 

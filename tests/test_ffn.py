@@ -1,6 +1,5 @@
 """ffn: specification, PyTorch path, kernels, registered ops, errors."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,24 +17,34 @@ from tests.conftest import DTYPES
 
 
 def inputs(
-    M: int, C: int, F: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> dict[str, Tensor]:
+    M: int, C: int, F: int, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    gated: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     x = {"x": torch.randn(M, C), "w1": torch.randn(F, C) * C**-0.5, "b1": torch.randn(F)}
     x |= {"w2": torch.randn(C, F) * F**-0.5, "b2": torch.randn(C)}
+    if gated:
+        x |= {"w_gate": torch.randn(F, C) * C**-0.5, "b_gate": torch.randn(F)}
     return {n: t.to(device, dtype) for n, t in x.items()}
+
+
+def function(x: dict[str, Tensor], activation: str = "gelu_tanh", recompute: int = 1) -> Tensor:
+    """The autograd function, where `ffn` takes plain PyTorch."""
+    names = ("x", "w1", "b1", "w2", "b2", "w_gate", "b_gate")
+    y: Tensor = FFNFunction.apply(*map(x.get, names), activation, recompute)
+    return y
 
 
 def kernel(**kwargs: Any) -> Any:
     def op(**x: Any) -> Tensor:
         with fastgpt.use("triton"):
-            return ffn(x["x"], x["w1"], x.get("b1"), x["w2"], x.get("b2"), **kwargs)
+            return ffn(**dict.fromkeys(("b1", "b2")) | x, **kwargs)
 
     return op
 
 
 def reference(**kwargs: Any) -> Any:
     def op(**x: Any) -> Tensor:
-        return ffn_ref(x["x"], x["w1"], x.get("b1"), x["w2"], x.get("b2"), **kwargs)
+        return ffn_ref(**dict.fromkeys(("b1", "b2")) | x, **kwargs)
 
     return op
 
@@ -43,16 +52,20 @@ def reference(**kwargs: Any) -> Any:
 # ------------------------------------------------------------------ the specification
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_reference_is_the_formula(activation: str) -> None:
-    x = inputs(5, 8, 6, dtype=torch.float64)
-    u = x["x"] @ x["w1"].T + x["b1"]
+def test_reference_is_the_formula(activation: str, gated: bool) -> None:
+    x = inputs(5, 8, 6, dtype=torch.float64, gated=gated)
+    u = z = x["x"] @ x["w1"].T + x["b1"]
+    if gated:
+        u = x["x"] @ x["w_gate"].T + x["b_gate"]
     act = {
         "relu": u.clamp(min=0),
+        "silu": u / (1 + torch.exp(-u)),
         "gelu": u * torch.special.ndtr(u),
         "gelu_tanh": u / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3))),
     }[activation]
-    want = act @ x["w2"].T + x["b2"]
+    want = (act * z if gated else act) @ x["w2"].T + x["b2"]
     assert torch.allclose(ffn_ref(**x, activation=activation), want, atol=1e-12)
     assert torch.allclose(ffn(**x, activation=activation), want, atol=1e-12)
 
@@ -74,7 +87,7 @@ SHAPES = [(1, 1, 1), (5, 70, 33), (33, 24, 50), (70, 40, 33), (2, 2056, 9)]
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
 def test_kernel_matches(
     activation: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> None:
@@ -84,35 +97,48 @@ def test_kernel_matches(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_matches_without_biases(dtype: torch.dtype, device: str) -> None:
-    x = inputs(9, 16, 20, dtype=dtype, device=device)
-    del x["b1"], x["b2"]
+@pytest.mark.parametrize("shape", [(5, 70, 33), (2, 2056, 9)], ids=str)
+def test_gated_kernel_matches(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    x = inputs(*shape, dtype=dtype, device=device, gated=True)
+    assert_matches(kernel(activation="silu"), reference(activation="silu"), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_matches_without_biases(dtype: torch.dtype, gated: bool, device: str) -> None:
+    x = inputs(9, 16, 20, dtype=dtype, device=device, gated=gated)
+    x = {name: t for name, t in x.items() if not name.startswith("b")}
     assert_matches(kernel(), reference(), x)
 
 
 @pytest.mark.gpu
-@settings(max_examples=15 if INTERPRET else 6)
+@settings(max_examples=10 if INTERPRET else 6)
 @given(data=st.data())
 def test_kernel_matches_on_any_shape_and_strides(data: st.DataObject, device: str) -> None:
     draw = data.draw
     M, C, F = (draw(st.integers(1, 70)) for _ in range(3))
-    x = inputs(M, C, F, dtype=draw(st.sampled_from(DTYPES)), device=device)
-    for name in ("x", "w1", "w2"):
+    dtype, gated = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+    x = inputs(M, C, F, dtype=dtype, device=device, gated=gated)
+    for name in ("x", "w1", "w2", "w_gate")[: 4 if gated else 3]:
         how = draw(st.sampled_from(["contiguous", "transposed", "sliced"]))
         if how == "transposed":
             x[name] = x[name].T.contiguous().T
         elif how == "sliced":
             x[name] = torch.cat([x[name]] * 2, 1)[:, 1 : 1 + x[name].shape[1]]
-    kwargs = {"activation": draw(st.sampled_from(ACTIVATIONS)), "recompute": draw(st.booleans())}
+    kwargs = {
+        "activation": draw(st.sampled_from(ACTIVATIONS)), "recompute": draw(st.integers(0, 2))
+    }  # fmt: skip
     assert_matches(kernel(**kwargs), reference(activation=kwargs["activation"]), x)
 
 
 @pytest.mark.gpu
-def test_recompute_changes_what_is_kept_and_no_bit(device: str) -> None:
-    x = inputs(9, 16, 64, dtype=DTYPES[-1], device=device)
+@pytest.mark.parametrize("gated", [False, True])
+def test_recompute_changes_what_is_kept_and_no_bit(gated: bool, device: str) -> None:
+    x = inputs(9, 16, 64, dtype=DTYPES[-1], device=device, gated=gated)
     kept: list[int] = []
     grads = []
-    for recompute in (True, False):
+    for recompute in (2, True, False):
         leaves = {n: t.clone().requires_grad_() for n, t in x.items()}
         kept.append(0)
 
@@ -123,8 +149,10 @@ def test_recompute_changes_what_is_kept_and_no_bit(device: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = kernel(recompute=recompute)(**leaves)
         grads.append((y, *torch.autograd.grad(y.sum(), list(leaves.values()))))
-    assert kept[1] - kept[0] == 9 * 64
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept[1] - kept[0] == 9 * 64 * (2 if gated else 1)
+    assert kept[2] - kept[1] == 9 * 64
+    for each in zip(*grads, strict=True):
+        assert torch.equal(each[0], each[1]) and torch.equal(each[0], each[2])
 
 
 @pytest.mark.gpu
@@ -154,18 +182,20 @@ def test_large_pre_activations_stay_finite(device: str) -> None:
 
 @pytest.mark.gpu
 def test_gradients_that_are_not_needed_are_not_made(device: str) -> None:
-    x = inputs(5, 8, 12, device=device)
-    x["x"].requires_grad_()
-    got = torch.autograd.grad(kernel()(**x).square().sum(), x["x"])[0]
-    want = torch.autograd.grad(reference()(**x).square().sum(), x["x"])[0]
-    assert torch.allclose(got, want, atol=1e-4)
+    x = inputs(5, 8, 12, device=device, gated=True)
+    for name in x:
+        one = x | {name: x[name].clone().requires_grad_()}
+        got = torch.autograd.grad(kernel()(**one).square().sum(), one[name])[0]
+        want = torch.autograd.grad(reference()(**one).square().sum(), one[name])[0]
+        assert torch.allclose(got, want, atol=1e-3), name
 
 
 @pytest.mark.gpu
 def test_second_derivative_is_that_of_the_reference(device: str) -> None:
     def penalty(op: Any) -> list[Tensor]:
         torch.manual_seed(1)
-        x = {n: t.requires_grad_() for n, t in inputs(3, 4, 5, device=device).items()}
+        x = inputs(3, 4, 5, device=device, gated=True)
+        x = {n: t.requires_grad_() for n, t in x.items()}
         grads = torch.autograd.grad(op(**x).square().sum(), list(x.values()), create_graph=True)
         total = sum((g.square().sum() for g in grads), torch.zeros((), device=device))
         return list(torch.autograd.grad(total, [x["x"], x["w1"], x["w2"]]))
@@ -199,54 +229,71 @@ def test_empty(dtype: torch.dtype, device: str) -> None:
 # ------------------------------------------------------------------ the registered ops
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("save_act", [False, True])
-def test_opcheck(activation: str, save_act: bool) -> None:
-    x = inputs(3, 4, 5)
-    args = (*x.values(), activation, True, save_act)
+@pytest.mark.parametrize(
+    ("activation", "recompute", "gated"),
+    [("gelu_tanh", 1, False), ("relu", 0, False), ("gelu", 2, True), ("silu", 0, True)],
+)
+def test_opcheck(activation: str, recompute: int, gated: bool) -> None:
+    x = inputs(3, 4, 5, gated=gated)
+    w1, b1, w2, gate = x["w1"], x["b1"], x["w2"], (x.get("w_gate"), x.get("b_gate"))
+    args = (x["x"], w1, b1, w2, x["b2"], *gate, activation, recompute < 2, recompute < 1)
     torch.library.opcheck(torch.ops.fastgpt.ffn_fwd, args)
-    y, pre, act = torch.ops.fastgpt.ffn_fwd(*args)
-    rest = (torch.randn_like(y), x["x"], x["w1"], x["w2"], pre, act, activation)
-    torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (*rest, [True] * 5))
-    torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (*rest, [True, False, False, True, False]))
+    y, pre, h = torch.ops.fastgpt.ffn_fwd(*args)
+    rest = (torch.randn_like(y), x["x"], w1, b1, w2, *gate, pre, h, activation)
+    for needs in ([True] * 5, [True, False, False, True, False]):
+        both = [*needs, gated, gated and needs[1]]
+        torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (*rest, both))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_function_gradcheck_and_double_backward(activation: str) -> None:
-    x = [t.requires_grad_() for t in inputs(3, 4, 5, dtype=torch.float64).values()]
-    f = partial(FFNFunction.apply)
+@pytest.mark.parametrize(
+    ("activation", "recompute", "gated"),
+    [("gelu_tanh", 0, False), ("gelu", 0, True), ("silu", 0, False), ("silu", 2, True)],
+)
+def test_function_gradcheck_and_double_backward(
+    activation: str, gated: bool, recompute: int
+) -> None:
+    x = inputs(3, 4, 5, dtype=torch.float64, gated=gated)
 
-    def op(*tensors: Tensor) -> Any:
-        return f(*tensors, activation, True)
+    def op(*tensors: Tensor) -> Tensor:
+        return function(dict(zip(x, tensors, strict=True)), activation, recompute)
 
-    assert torch.autograd.gradcheck(op, x)
-    assert torch.autograd.gradgradcheck(op, x)
-
-
-def test_compiles_to_one_graph_for_three_row_counts() -> None:
-    def f(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Any:
-        return (FFNFunction.apply(x, w1, b1, w2, b2, "gelu_tanh", True),)
-
-    assert_one_graph(f, [inputs(M, 8, 12) for M in (3, 5, 8)])
+    leaves = [t.requires_grad_() for t in x.values()]
+    assert torch.autograd.gradcheck(op, leaves)
+    assert torch.autograd.gradgradcheck(op, leaves)
 
 
-def test_compiled_gradients_are_the_eager_ones() -> None:
-    def loss(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return FFNFunction.apply(x, w1, b1, w2, b2, "gelu_tanh", True).square().sum()
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_to_one_graph_for_three_row_counts(gated: bool) -> None:
+    def f(**x: Tensor) -> Any:
+        return (function(x),)
 
-    assert_compiled_gradients_match(loss, inputs(4, 8, 12))
+    assert_one_graph(f, [inputs(M, 8, 12, gated=gated) for M in (3, 5, 8)])
 
 
-def test_flops_are_those_of_the_products() -> None:
+@pytest.mark.parametrize("recompute", [1, 2])
+def test_compiled_gradients_are_the_eager_ones(recompute: int) -> None:
+    x = inputs(4, 8, 12, gated=recompute == 2)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return function(dict(zip(x, tensors, strict=True)), recompute=recompute).square().sum()
+
+    assert_compiled_gradients_match(loss, x)
+
+
+@pytest.mark.parametrize("recompute", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_flops_are_those_of_the_products(gated: bool, recompute: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     register_flop_formulas()
 
     M, C, F = 3, 4, 5
-    x = {n: t.requires_grad_() for n, t in inputs(M, C, F).items()}
+    x = {n: t.requires_grad_() for n, t in inputs(M, C, F, gated=gated).items()}
     with FlopCounterMode(display=False) as counter:
-        FFNFunction.apply(*x.values(), "relu", True).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * (2 * M * C * F)
+        function(x, "relu", recompute).sum().backward()
+    weights = 3 if gated else 2
+    products = 3 * weights + (weights - 1 if recompute == 2 else 0)
+    assert counter.get_total_flops() == products * (2 * M * C * F)
 
 
 # ------------------------------------------------------------------ bad input
@@ -262,6 +309,10 @@ def test_rejects() -> None:
         ((x, w1, b1, w2, b2[:2]), {}, r"b2 must be \(4,\); got \(2,\)"),
         ((x, w1[0], b1, w2, b2), {}, r"w1 \(F, C\)"),
         ((x, w1.to("meta"), b1, w2, b2), {}, "on one device; got x cpu, w1 meta"),
+        ((x, w1, b1, w2, b2), {"recompute": 3}, "recompute must be 0, 1 or 2; got 3"),
+        ((x, w1, b1, w2, b2), {"w_gate": w2}, r"w_gate must .* w1, \(6, 4\); got \(4, 6\)"),
+        ((x, w1, b1, w2, b2), {"w_gate": w1, "b_gate": b2}, r"b_gate must be \(6,\); got"),
+        ((x, w1, b1, w2, b2), {"b_gate": b1}, "b_gate is the bias of w_gate; got b_gate alone"),
     ]:
         with pytest.raises(ValueError, match=f"ffn: .*{rule}"):
             ffn(*args, **kwargs)

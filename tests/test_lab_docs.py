@@ -50,7 +50,7 @@ def test_the_table_is_of_the_triton_that_is_installed_by_default() -> None:
 
 
 def test_products_read_their_operands_16_bytes_at_a_time() -> None:
-    subjects = [lab.subject("ffn._up_kernel"), lab.subject("ffn._dact_kernel")]
+    subjects = [lab.subject("ffn._up_kernel"), lab.subject("ffn._dh_kernel")]
     for row in lab.study(subjects, ["sm_80", "sm_90", "gfx950"], workers=0).rows:
         assert row.loop is not None
         for kind in ("global_load", "global_async"):

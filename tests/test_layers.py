@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastgpt import ops
-from fastgpt.layers import MLP, Block, CausalSelfAttention, KVCache, LayerNorm, RMSNorm
+from fastgpt.layers import (
+    MLP,
+    Block,
+    CausalSelfAttention,
+    GatedMLP,
+    KVCache,
+    LayerNorm,
+    RMSNorm,
+)
 
 
 @given(
@@ -115,6 +123,18 @@ def test_mlp_is_the_formula(bias: bool) -> None:
     gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
     torch.testing.assert_close(mlp(x), mlp.c_proj(gelu))
     assert (mlp.c_fc.bias is None) is not bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_mlp_is_the_formula(bias: bool) -> None:
+    mlp = GatedMLP(16, 24, bias)
+    x = torch.randn(2, 3, 16)
+    gate = mlp.gate_proj(x)
+    want = mlp.down_proj(gate * torch.sigmoid(gate) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), want)
+    names = {f"{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert {n for n in mlp.state_dict() if n.endswith("weight")} == names
+    assert (mlp.gate_proj.bias is None) is not bias
 
 
 def test_block_is_the_textbook_block() -> None:

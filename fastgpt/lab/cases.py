@@ -61,8 +61,11 @@ def _ffn(s: Sizes) -> None:
     M, C, F, dtype = s["M"], s["C"], s["F"], DTYPES[s["dtype"]]
     x, w1, w2 = (torch.empty(shape, dtype=dtype) for shape in ((M, C), (F, C), (C, F)))
     b1 = torch.empty(F, dtype=dtype)
-    y, pre, act = ffn_fwd(x, w1, b1, w2, None, s["activation"], True, True)
-    ffn_bwd(y, x, w1, w2, pre, act, s["activation"], [True, True, True, True, False])
+    gated = s["gate"] == "yes"
+    v, c = (torch.empty_like(w1), b1) if gated else (None, None)
+    y, pre, h = ffn_fwd(x, w1, b1, w2, None, v, c, s["activation"], True, s["save_h"] == "yes")
+    needs = [True, True, True, True, False, gated, gated]
+    ffn_bwd(y, x, w1, b1, w2, v, c, pre, h, s["activation"], needs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,15 @@ OPS = {
     ),
     "ffn": Case(
         _ffn,
-        {"M": 8192, "C": 768, "F": 3072, "dtype": "bf16", "activation": "gelu_tanh"},
+        {
+            "M": 8192,
+            "C": 768,
+            "F": 3072,
+            "dtype": "bf16",
+            "activation": "gelu_tanh",
+            "gate": "no",
+            "save_h": "yes",
+        },
         tuple({"M": M, "C": 256, "F": 512} for M in (128, 256, 512)),
     ),
 }

@@ -1,9 +1,9 @@
 """fastgpt: fused Triton kernels that GPT models train and generate with."""
 
-from fastgpt import ops
+from fastgpt import ops, optim
 from fastgpt.generate import generate, stream
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.backend import explain, use
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "GPTConfig", "explain", "generate", "ops", "stream", "use"]
+__all__ = ["GPT", "GPTConfig", "explain", "generate", "ops", "optim", "stream", "use"]

@@ -199,3 +199,10 @@ def ffn_tile(two: bool = False) -> ProductTile:
 def act_tile() -> Tile:
     """Of the pointwise passes over (M, F)."""
     return Tile(8, 32, 1, 1) if chip() == "interpreter" else Tile(4, 512, 4, 1)
+
+
+def adamw_tile(prepare: bool = False) -> Tile:
+    """Of the optimizer's pass: blocks of a chunk x elements of a block; or of its preparation."""
+    if prepare:
+        return Tile(1, 8 if chip() == "interpreter" else 256, 4, 1)
+    return Tile(2, 32, 1, 1) if chip() == "interpreter" else Tile(4, 2048, 4, 1)

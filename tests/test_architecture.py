@@ -10,10 +10,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-OPS = ("attention", "layer_norm", "rms_norm", "ffn")
+OPS = ("attention", "layer_norm", "rms_norm", "ffn", "adamw")
 # What may import what: a layer sees those before it.
 LAYERS = {
-    "kernels": 0, "ops": 1, "layers": 2, "model": 3,
+    "kernels": 0, "ops": 1, "layers": 2, "optim": 2, "model": 3,
     "tokenizer": 4, "data": 4, "generate": 4, "train": 5, "lab": 6, "demo": 7, "cli": 8,
 }  # fmt: skip
 SOURCES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastgpt").rglob("*.py")]

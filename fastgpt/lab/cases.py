@@ -68,6 +68,21 @@ def _ffn(s: Sizes) -> None:
     ffn_bwd(y, x, w1, b1, w2, v, c, pre, h, s["activation"], needs)
 
 
+def _adamw(s: Sizes) -> None:
+    from fastgpt.kernels.adamw import adamw
+
+    N, low = s["N"], s["low"]
+    p, g = (torch.empty(N, dtype=DTYPES[s[name]]) for name in ("dtype", "grad"))
+    m, v = (torch.empty(N, dtype=torch.float32) for _ in range(2))
+    step, control = torch.empty((), dtype=torch.float32), torch.empty(4, dtype=torch.float32)
+    copies = [torch.empty(N, dtype=DTYPES[low])] if low != "none" else []
+    seed = torch.zeros(1, dtype=torch.int64) if s["stochastic"] else None
+    adamw(
+        [p], [g], [m], [v], [step], copies, [], [1e-3, 0.9, 0.95, 1e-8, 0.1], [0], control, None,
+        None, 1.0, True, seed,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     """An op: what launches its kernels, the sizes it takes, and smaller ones to run them on.
@@ -142,6 +157,19 @@ OPS = {
         },
         tuple({"M": M, "C": 256, "F": 512} for M in (128, 256, 512)),
     ),
+    "adamw": Case(
+        _adamw,
+        {"N": 768 * 3072, "dtype": "f32", "grad": "f32", "low": "none", "stochastic": 0},
+        tuple({"N": N} for N in (16384, 32768, 65536)),
+        {
+            "_norm_kernel": {"launch": "N", "loop": "LANES", "bytes": "size"},
+            "_step_kernel": {
+                "launch": "N",
+                "loop": "LANES",
+                "bytes": "size * 3 + 16 + 2 * HAS_LOW",
+            },
+        },
+    ),
 }
 
 
@@ -175,7 +203,9 @@ def parse(said: str) -> tuple[str, Sizes]:
     if sizes["dtype"] not in ("bf16", "f16", "f32"):
         raise ValueError(f"lab: {name}:dtype must be bf16, f16 or f32; got {sizes['dtype']!r}")
     wrong = [
-        f"{key}={n}" for key, n in sizes.items() if isinstance(n, int) and n < (key != "residual")
+        f"{key}={n}"
+        for key, n in sizes.items()
+        if isinstance(n, int) and n < (key not in ("residual", "stochastic"))
     ]
     if wrong or not 0.0 <= sizes.get("dropout_p", 0.0) < 1.0:
         raise ValueError(

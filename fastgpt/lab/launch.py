@@ -259,7 +259,8 @@ def written_down(name: str, value: Any, storages: dict[int, int], keep: int = 1 
         )
         numbers = not (value.is_floating_point() or value.dtype == torch.bool or value.is_meta)
         if numbers and arg.elements <= keep:
-            whole = torch.empty(0, dtype=value.dtype).set_(value.detach().cpu().untyped_storage())
+            whole = torch.empty(0, dtype=value.dtype, device="cpu")
+            whole.set_(value.detach().cpu().untyped_storage())
             arg = replace(arg, values=tuple(whole[: arg.elements].tolist()))
         return arg
     if type(value).__name__ == "TensorDescriptor":

@@ -2,6 +2,7 @@
 
 import sys
 
+from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
 from fastgpt.ops.attention import attention, attention_ref
 from fastgpt.ops.backend import Choice, explain, use
 from fastgpt.ops.dropout import dropout_mask
@@ -11,7 +12,10 @@ from fastgpt.ops.library import register_flop_formulas
 from fastgpt.ops.rms_norm import rms_norm, rms_norm_ref
 
 __all__ = [
+    "AdamWGroup",
     "Choice",
+    "adamw",
+    "adamw_ref",
     "attention",
     "attention_ref",
     "dropout_mask",

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, ffn, layer_norm, rms_norm
+from benchmarks import adamw, attention, ffn, layer_norm, rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALLEST = {
     module.__name__.split(".")[1]: module.cases(DEVICE, torch.float32)[0]
-    for module in (attention, layer_norm, rms_norm, ffn)
+    for module in (attention, layer_norm, rms_norm, ffn, adamw)
 }
+FORWARD_ONLY = ("adamw",)  # steps that have no gradient
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
@@ -19,6 +20,8 @@ SMALLEST = {
     "op, provider", [(op, p) for op, case in SMALLEST.items() for p in case.providers]
 )
 def test_speed(benchmark: Any, op: str, provider: str, backward: bool) -> None:
+    if backward and op in FORWARD_ONLY:
+        pytest.skip(f"{op} has no backward")
     step = SMALLEST[op].step(provider, backward)
 
     def run() -> None:

@@ -1,7 +1,7 @@
 """Optimizers on the fused ops: AdamW with clipping, low-precision copies, stochastic rounding."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,8 +168,7 @@ class AdamW(torch.optim.AdamW):
                     self.state[p][name] = moment.copy_(state_dict["state"][n][name])
 
     def __getstate__(self) -> dict[str, Any]:
-        state = cast(dict[str, Any], super().__getstate__())
-        return state | {name: getattr(self, name) for name in _OWN}
+        return super().__getstate__() | {name: getattr(self, name) for name in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -130,7 +130,7 @@ def _prepare_kernel(
         lr = tl.load(rule, mask=mask, other=0.0)
         rest1 = _one_minus_power(t, tl.load(rule + 3, mask=mask, other=-1.0))
         rest2 = _one_minus_power(t, tl.load(rule + 4, mask=mask, other=-1.0))
-        coef = coef_ptr + 8 * row
+        coef = coef_ptr + 7 * row
         tl.store(coef, lr / rest1, mask=mask)
         tl.store(coef + 1, 1.0 - lr * tl.load(rule + 6, mask=mask, other=0.0), mask=mask)
         tl.store(coef + 2, tl.load(rule + 1, mask=mask, other=0.0), mask=mask)
@@ -166,7 +166,7 @@ def _step_kernel(
     low_at = low_ptr
     if HAS_LOW:
         low_at += _at(table_ptr, row, _LOW, begin, EVEN)
-    coef = coef_ptr + 8 * row
+    coef = coef_ptr + 7 * row
     rate = tl.load(coef)
     decay = tl.load(coef + 1)
     c1 = tl.load(coef + 2)
@@ -316,7 +316,7 @@ def adamw(
         if lrs:
             numbers = numbers.clone()
             numbers[:, 0] = torch.stack([lr.reshape(()).float() for lr in lrs])
-        coef = torch.empty(len(params), 8, dtype=torch.float32, device=x.device)
+        coef = torch.empty(len(params), 7, dtype=torch.float32, device=x.device)
         shape = {"LANES": tile.block_n, "CHUNK": chunk}
         has_norm = max_grad_norm is not None or skip_nonfinite
         many = [min(len(s.chunks), programs(x, tile.num_warps)) for s in shares]

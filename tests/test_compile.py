@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(HAS_CUDA or INTERPRET, reason="compiles on CPU tensors, without a driver"),
 ]
 
+from fastgpt.kernels.adamw import adamw as step_adamw  # noqa: E402
 from fastgpt.kernels.attention import attention_fwd  # noqa: E402
 from fastgpt.kernels.attention_bwd import attention_bwd  # noqa: E402
 from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
@@ -91,6 +92,20 @@ def ffn(
     return launch
 
 
+def adamw(
+    dtype: torch.dtype, N: int = 16384, low: torch.dtype | None = None, stochastic: bool = False
+) -> Launch:
+    def launch() -> None:
+        p, m, v = (torch.empty(N, dtype=d) for d in (dtype, torch.float32, torch.float32))
+        step_adamw(
+            [p], [p], [m], [v], [torch.empty(())], [] if low is None else [p.to(low)], [],
+            [1e-3, 0.9, 0.95, 1e-8, 0.1], [0], torch.empty(4), None, None, 1.0, True,
+            SEED if stochastic else None,
+        )  # fmt: skip
+
+    return launch
+
+
 def configurations(target: str, every: bool) -> Iterator[Launch]:
     """What GPT-2 runs on, and all other choices or this chip's share of them."""
     for D, p in itertools.product((64, 128), (0.0, 0.1)):
@@ -102,6 +117,9 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
     dtypes = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[:2]]
     flags = [(r, p, b) for r, p in ((False, 0.0), (True, 0.0), (True, 0.1)) for b in (True, False)]
     far = [
+        *(adamw(dtype, N) for dtype, N in itertools.product(DTYPES, (16384, 16381))),
+        *(adamw(torch.float32, low=low) for low in DTYPES[:2]),
+        adamw(torch.bfloat16, stochastic=True),
         *(
             attention(D, dtype, p, lse=p > 0)
             for D, dtype, p in itertools.product(HEAD_DIMS, DTYPES, (0.0, 0.1))
@@ -157,6 +175,7 @@ def test_every_kernel_compiles(target: str) -> None:
             layer_norm(8193, torch.bfloat16, torch.bfloat16, False, True, 0.0),
             rms_norm(576, torch.bfloat16, torch.bfloat16, True, 0.0),
             rms_norm(8193, torch.bfloat16, torch.bfloat16, True, 0.0),
+            adamw(torch.float32, low=torch.bfloat16),
             ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False),
             ffn(768, torch.bfloat16, "silu", 2, False, True),
             ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", 1, True, False),
@@ -187,6 +206,7 @@ def test_three_sizes_compile_once() -> None:
             w, f = torch.empty(768, dtype=x.dtype), torch.empty(3072, 768, dtype=x.dtype)
             _, _, mean, rstd = layer_norm_fwd(x, None, w, w, 1e-5, 0.0, None)
             layer_norm_bwd(x, None, x, w, True, mean, rstd, 0.0, None, x.dtype)
+            adamw(torch.float32, T * 768)()
             y, pre, h = ffn_fwd(x, f, None, f.T, None, None, None, "gelu", True, False)
             needs = [True] * 5 + [False] * 2
             ffn_bwd(y, x, f, None, f.T.contiguous(), None, None, pre, h, "gelu", needs)
@@ -201,6 +221,7 @@ def test_no_product_spills_into_integer_or_double_arithmetic() -> None:
     with offline("sm_90") as kernels:
         attention(64, torch.bfloat16, 0.1)()
         layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1)()
+        adamw(torch.bfloat16, stochastic=True)()
         ffn(768, torch.bfloat16, "gelu", 1, True, False)()
     for k in kernels:
         assert ".f64" not in k.binary.asm["ptx"], k

@@ -94,9 +94,7 @@ def _adamw(
             grad_scale, found_inf, max_grad_norm, skip_nonfinite, seed,
         )  # fmt: skip
         return
-    factor, skip = _prepared(
-        grads, control, grad_scale, found_inf, max_grad_norm, skip_nonfinite
-    )
+    factor, skip = _prepared(grads, control, grad_scale, found_inf, max_grad_norm, skip_nonfinite)
     for n, rule in enumerate(rules):
         lr, beta1, beta2, eps, decay = hyper[5 * rule : 5 * rule + 5]
         _one(
@@ -169,9 +167,7 @@ def _plain(
 ) -> None:  # fmt: skip
     """PyTorch's own fused step where it takes the dtypes, else `adamw_ref`."""
     grads = [g for group in groups for g in group.grads]
-    factor, skip = _prepared(
-        grads, control, grad_scale, found_inf, max_grad_norm, skip_nonfinite
-    )
+    factor, skip = _prepared(grads, control, grad_scale, found_inf, max_grad_norm, skip_nonfinite)
     seen = 0
     for group in groups:
         tensors = (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs)

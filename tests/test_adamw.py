@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -279,6 +280,25 @@ def test_parameters_without_gradient_are_left_and_counted_apart(device: str) -> 
         params[1].grad = torch.ones_like(params[1])
         optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in params] == [2.0, 1.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRET, reason="wants memory that is set aside and never touched")
+def test_tensors_further_apart_than_32_bits(device: str) -> None:
+    room = torch.from_numpy(np.zeros(2**31 + 2**12, np.float16))  # only touched pages are real
+    far = [room[:40], room[2**31 + 64 : 2**31 + 104]]
+    near = [torch.randn(40).half() for _ in far]
+    for a, b in zip(far, near, strict=True):
+        a.copy_(b)
+
+    def step(params: list[Tensor]) -> None:
+        like = [[torch.ones(40) for _ in params] for _ in range(3)]
+        steps = [torch.zeros(()) for _ in params]
+        forced([AdamWGroup(params, *like, steps)], torch.zeros(4))
+
+    step(far)
+    step(near)
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
 
 
 @pytest.mark.gpu

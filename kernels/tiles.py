@@ -206,3 +206,16 @@ def adamw_tile(prepare: bool = False) -> Tile:
     if prepare:
         return Tile(1, 8 if chip() == "interpreter" else 256, 4, 1)
     return Tile(2, 32, 1, 1) if chip() == "interpreter" else Tile(4, 2048, 4, 1)
+
+
+def rotary_tile(D: int) -> Tile:
+    """Heads x pairs of a head, of a program's step over the heads of a token.
+
+    A thread has 8 pairs, two accesses of 16 bytes in 16-bit dtypes. There are more threads than
+    pairs of a head: Triton then loads cosines where they are used, 16 bytes at a time as well,
+    and not spread over the threads, to be exchanged through shared memory.
+    """
+    block_d = triton.next_power_of_2(D // 2)
+    if chip() == "interpreter":
+        return Tile(4, block_d, 1, 1)
+    return Tile(16, block_d, min(8, max(1, block_d // (32 if chip() == "gfx9" else 16))), 1)

@@ -28,6 +28,7 @@ from fastgpt.kernels.attention_bwd import attention_bwd  # noqa: E402
 from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
 from fastgpt.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd  # noqa: E402
+from fastgpt.kernels.rotary import rotary_fwd, rotary_norm_bwd  # noqa: E402
 from fastgpt.lab.cases import refused  # noqa: E402
 from fastgpt.lab.chips import TARGETS, chip  # noqa: E402
 from fastgpt.lab.compile import Kernel, offline  # noqa: E402
@@ -106,6 +107,18 @@ def adamw(
     return launch
 
 
+def rotary(D: int, R: int, dtype: torch.dtype, norm: bool, interleaved: bool) -> Launch:
+    def launch() -> None:
+        q, k, _ = torch.empty(2, 64, 24, D, dtype=dtype).split([16, 4, 4], 2)
+        cos, sin = (torch.empty(64, R // 2) for _ in range(2))
+        w = torch.empty(D, dtype=dtype) if norm else None
+        yq, yk = rotary_fwd(q, k, cos, sin, w, w, 1e-6, interleaved, not norm)
+        if w is not None:
+            rotary_norm_bwd(yq, yk, q, k, cos, sin, w, w, 1e-6, interleaved)
+
+    return launch
+
+
 def configurations(target: str, every: bool) -> Iterator[Launch]:
     """What GPT-2 runs on, and all other choices or this chip's share of them."""
     for D, p in itertools.product((64, 128), (0.0, 0.1)):
@@ -149,6 +162,12 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
                 (True, False),
             )
         ),
+        *(
+            rotary(D, R, dtype, norm, interleaved)
+            for (D, R), dtype, norm, interleaved in itertools.product(
+                ((64, 64), (128, 128), (80, 32), (256, 64)), DTYPES, (True, False), (True, False)
+            )
+        ),
     ]
     share = CHIPS.index(target)
     yield from near if every else near[share % 4 :: 4]
@@ -179,6 +198,8 @@ def test_every_kernel_compiles(target: str) -> None:
             ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False),
             ffn(768, torch.bfloat16, "silu", 2, False, True),
             ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", 1, True, False),
+            rotary(64, 64, torch.bfloat16, True, False),
+            rotary(128, 128, torch.bfloat16, True, False),
         ):
             launch()
     assert {k.name for k in kernels} == all_kernels()
@@ -210,6 +231,9 @@ def test_three_sizes_compile_once() -> None:
             y, pre, h = ffn_fwd(x, f, None, f.T, None, None, None, "gelu", True, False)
             needs = [True] * 5 + [False] * 2
             ffn_bwd(y, x, f, None, f.T.contiguous(), None, None, pre, h, "gelu", needs)
+            cos = torch.empty(T, 32)
+            rotary_fwd(q, q, cos, cos, None, None, 1e-6, False, False)
+            rotary_norm_bwd(q, q, q, q, cos, cos, w[:64], w[:64], 1e-6, False)
     binaries: dict[str, set[str]] = {}
     for k in kernels:
         binaries.setdefault(k.name, set()).add(k.binary.hash)
@@ -223,6 +247,7 @@ def test_no_product_spills_into_integer_or_double_arithmetic() -> None:
         layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1)()
         adamw(torch.bfloat16, stochastic=True)()
         ffn(768, torch.bfloat16, "gelu", 1, True, False)()
+        rotary(64, 64, torch.bfloat16, True, False)()
     for k in kernels:
         assert ".f64" not in k.binary.asm["ptx"], k
 

@@ -55,6 +55,21 @@ def _rms_norm(s: Sizes) -> None:
     rms_norm_bwd(x, h, h, weight, rstd, p, seed, dtype)
 
 
+def _rotary(s: Sizes) -> None:
+    from fastgpt.kernels.rotary import rotary_fwd, rotary_norm_bwd
+
+    B, T, H, G, D = s["B"], s["T"], s["H"], s["Hkv"], s["D"]
+    dtype, interleaved = DTYPES[s["dtype"]], s["layout"] == "interleaved"
+    qkv = torch.empty(B, T, H + 2 * G, D, dtype=dtype)
+    q, k, _ = qkv.split([H, G, G], 2)
+    cos, sin = (torch.empty(T, D // 2) for _ in range(2))
+    w = torch.empty(D, dtype=dtype)
+    norm = w if s["norm"] == "rms" else None
+    yq, yk = rotary_fwd(q, k, cos, sin, norm, norm, 1e-6, interleaved, False)
+    if norm is not None:
+        rotary_norm_bwd(yq, yk, q, k, cos, sin, w, w, 1e-6, interleaved)
+
+
 def _ffn(s: Sizes) -> None:
     from fastgpt.kernels.ffn import ffn_bwd, ffn_fwd
 
@@ -143,6 +158,20 @@ OPS = {
             for name in ("_fwd_kernel", "_dkdv_kernel", "_dq_kernel")
         }
         | {"_delta_kernel": {"launch": "B * T * H * D", "bytes": "size * 2"}},
+    ),
+    "rotary": Case(
+        _rotary,
+        {
+            "B": 8,
+            "T": 1024,
+            "H": 12,
+            "Hkv": 4,
+            "D": 64,
+            "dtype": "bf16",
+            "norm": "rms",
+            "layout": "halves",
+        },
+        tuple({"B": 1, "T": T} for T in (32, 64, 128)),
     ),
     "ffn": Case(
         _ffn,

@@ -72,6 +72,13 @@ def _op(name: str, s: Sizes) -> tuple[Call, list[Tensor]]:
         w, b = (leaf(s["N"], dtype=torch.float32) for _ in range(2))
         res = h if s["residual"] else None
         return lambda: ops.layer_norm(x, w, b, residual=res, dropout_p=s["dropout_p"]), [w, b]
+    if name == "rotary":
+        B, T, H, G, D = s["B"], s["T"], s["H"], s["Hkv"], s["D"]
+        q, k, _ = leaf(B, T, H + 2 * G, D).split([H, G, G], 2)
+        cos, sin = (torch.empty(T, D // 2) for _ in range(2))
+        wq, wk = (leaf(D) if s["norm"] == "rms" else None for _ in range(2))
+        weights = [w for w in (wq, wk) if w is not None]
+        return lambda: ops.rotary(q, k, cos, sin, q_weight=wq, k_weight=wk), weights
     x = leaf(s["M"], s["C"])
     w1, b1, w2, b2 = (
         leaf(*shape) for shape in ((s["F"], s["C"]), (s["F"],), (s["C"], s["F"]), (s["C"],))

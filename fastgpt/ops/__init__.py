@@ -10,6 +10,7 @@ from fastgpt.ops.ffn import ffn, ffn_ref
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_ref
 from fastgpt.ops.library import register_flop_formulas
 from fastgpt.ops.rms_norm import rms_norm, rms_norm_ref
+from fastgpt.ops.rotary import rotary, rotary_ref, rotary_table
 
 __all__ = [
     "AdamWGroup",
@@ -27,6 +28,9 @@ __all__ = [
     "register_flop_formulas",
     "rms_norm",
     "rms_norm_ref",
+    "rotary",
+    "rotary_ref",
+    "rotary_table",
     "use",
 ]
 

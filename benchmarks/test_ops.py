@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adamw, attention, ffn, layer_norm, rms_norm, rotary
+from benchmarks import adamw, attention, embedding, ffn, layer_norm, rms_norm, rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALLEST = {
     module.__name__.split(".")[1]: module.cases(DEVICE, torch.float32)[0]
-    for module in (attention, layer_norm, rms_norm, ffn, adamw, rotary)
+    for module in (attention, layer_norm, rms_norm, ffn, embedding, adamw, rotary)
 }
 FORWARD_ONLY = ("adamw",)  # steps that have no gradient
 

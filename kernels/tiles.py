@@ -180,6 +180,14 @@ def layer_norm_tile(N: int, backward: bool = False) -> Tile:
     return Tile(min(32, max(1, per_warp // block_n)), block_n, max(1, block_n // per_warp), 1)
 
 
+def embedding_tile(C: int, backward: bool = False) -> Tile:
+    """Rows x columns of a program: a warp moves 16 bytes a lane of 16-bit rows."""
+    if chip() == "interpreter":
+        return Tile(4, min(32, triton.next_power_of_2(C)), 1, 1)
+    block_n = min(256, triton.next_power_of_2(C))
+    return Tile(4 if backward else 2, block_n, 1, 1)
+
+
 @dataclass(frozen=True)
 class ProductTile(Tile):
     block_k: int = 32

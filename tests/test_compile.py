@@ -25,6 +25,7 @@ pytestmark = [
 from fastgpt.kernels.adamw import adamw as step_adamw  # noqa: E402
 from fastgpt.kernels.attention import attention_fwd  # noqa: E402
 from fastgpt.kernels.attention_bwd import attention_bwd  # noqa: E402
+from fastgpt.kernels.embedding import embedding_bwd, embedding_fwd  # noqa: E402
 from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
 from fastgpt.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd  # noqa: E402
@@ -74,6 +75,16 @@ def rms_norm(N: int, dtype: torch.dtype, stream: torch.dtype, residual: bool, p:
         _, h, rstd = rms_norm_fwd(x, res, w, 1e-6, p, SEED if p else None)
         h = h if residual else x
         rms_norm_bwd(x, h if residual else None, h, w, rstd, p, SEED if p else None, dtype)
+
+    return launch
+
+
+def embedding(C: int, dtype: torch.dtype, ids: torch.dtype, wpe: bool, p: float) -> Launch:
+    def launch() -> None:
+        idx, wte = torch.zeros(128, 8, dtype=ids), torch.empty(100, C, dtype=dtype)
+        pos, seed = wte[:16] if wpe else None, SEED if p else None
+        h = embedding_fwd(idx, wte, pos, 0, p, seed)
+        embedding_bwd(h, idx, 100, 16 if wpe else 0, 0, p, seed)
 
     return launch
 
@@ -152,6 +163,12 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
             for residual, p in ((False, 0.0), (True, 0.1))
         ),
         *(
+            embedding(C, dtype, ids, wpe, p)
+            for C, dtype, ids, wpe, p in itertools.product(
+                (768, 100), DTYPES, (torch.int64, torch.int32), (True, False), (0.0, 0.1)
+            )
+        ),
+        *(
             ffn(C, dtype, activation, recompute, bias, gated)
             for C, dtype, activation, recompute, bias, gated in itertools.product(
                 (768, 770, WIDEST_FUSED + 8),
@@ -194,6 +211,7 @@ def test_every_kernel_compiles(target: str) -> None:
             layer_norm(8193, torch.bfloat16, torch.bfloat16, False, True, 0.0),
             rms_norm(576, torch.bfloat16, torch.bfloat16, True, 0.0),
             rms_norm(8193, torch.bfloat16, torch.bfloat16, True, 0.0),
+            embedding(768, torch.bfloat16, torch.int64, True, 0.1),
             adamw(torch.float32, low=torch.bfloat16),
             ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False),
             ffn(768, torch.bfloat16, "silu", 2, False, True),
@@ -224,6 +242,8 @@ def test_three_sizes_compile_once() -> None:
             o, lse = attention_fwd(q, q, q, 0.1, -1, 0, 0.0, None)
             attention_bwd(o, None, q, q, q, o, lse, 0.1, -1, 0, 0.0, None)
             x = torch.empty(T, 768, dtype=torch.bfloat16)
+            idx = torch.zeros(T, T // 8, dtype=torch.int64)
+            embedding_bwd(embedding_fwd(idx, x, x, 3, 0.0, None), idx, T, T, 3, 0.0, None)
             w, f = torch.empty(768, dtype=x.dtype), torch.empty(3072, 768, dtype=x.dtype)
             _, _, mean, rstd = layer_norm_fwd(x, None, w, w, 1e-5, 0.0, None)
             layer_norm_bwd(x, None, x, w, True, mean, rstd, 0.0, None, x.dtype)
@@ -237,7 +257,10 @@ def test_three_sizes_compile_once() -> None:
     binaries: dict[str, set[str]] = {}
     for k in kernels:
         binaries.setdefault(k.name, set()).add(k.binary.hash)
-    assert {name: len(hashes) for name, hashes in binaries.items()} == dict.fromkeys(binaries, 1)
+    # Sums by id and by position are two kernels of one source.
+    two = {"embedding._chunk_sum_kernel": 2, "embedding._segment_sum_kernel": 2}
+    once = dict.fromkeys(binaries, 1)
+    assert {name: len(hashes) for name, hashes in binaries.items()} == once | two
 
 
 def test_no_product_spills_into_integer_or_double_arithmetic() -> None:

@@ -98,6 +98,19 @@ def _adamw(s: Sizes) -> None:
     )  # fmt: skip
 
 
+def _embedding(s: Sizes) -> None:
+    from fastgpt.kernels.embedding import embedding_bwd, embedding_fwd
+
+    B, T, V, C, p = s["B"], s["T"], s["V"], s["C"], s["dropout_p"]
+    # Addresses depend on the ids, so they are real ones.
+    rng = torch.Generator().manual_seed(0)
+    idx = torch.randint(V, (B, T), generator=rng, device="cpu")
+    wte, wpe, dy = (torch.empty(n, C, dtype=DTYPES[s["dtype"]]) for n in (V, T, B * T))
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    embedding_fwd(idx, wte, wpe, 0, p, seed)
+    embedding_bwd(dy.view(B, T, C), idx, V, T, 0, p, seed)
+
+
 @dataclass(frozen=True)
 class Case:
     """An op: what launches its kernels, the sizes it takes, and smaller ones to run them on.
@@ -148,6 +161,19 @@ OPS = {
         _rms_norm,
         {"M": 8192, "N": 576, "dtype": "bf16", "dropout_p": 0.0},
         tuple({"M": M, "N": 576} for M in (64, 128, 256)),
+    ),
+    "embedding": Case(
+        _embedding,
+        {"B": 8, "T": 1024, "V": 50257, "C": 768, "dtype": "bf16", "dropout_p": 0.0},
+        tuple({"B": 2, "T": T, "V": 16 * T, "C": 256} for T in (32, 64, 128)),
+        {
+            "_fwd_kernel": {
+                "launch": "B * T * C",
+                "loop": "ROWS * C / cdiv(C, BLOCK_C)",
+                "bytes": "size * (2 + 1 / B)",
+            },
+            "_segment_sum_kernel": {"loop": "ROWS * C / cdiv(C, BLOCK_C)", "bytes": "size"},
+        },
     ),
     "attention": Case(
         _attention,

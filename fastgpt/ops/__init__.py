@@ -6,6 +6,7 @@ from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
 from fastgpt.ops.attention import attention, attention_ref
 from fastgpt.ops.backend import Choice, explain, use
 from fastgpt.ops.dropout import dropout_mask
+from fastgpt.ops.embedding import embedding, embedding_ref
 from fastgpt.ops.ffn import ffn, ffn_ref
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_ref
 from fastgpt.ops.library import register_flop_formulas
@@ -20,6 +21,8 @@ __all__ = [
     "attention",
     "attention_ref",
     "dropout_mask",
+    "embedding",
+    "embedding_ref",
     "explain",
     "ffn",
     "ffn_ref",

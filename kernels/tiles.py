@@ -227,3 +227,21 @@ def rotary_tile(D: int) -> Tile:
     if chip() == "interpreter":
         return Tile(4, block_d, 1, 1)
     return Tile(16, block_d, min(8, max(1, block_d // (32 if chip() == "gfx9" else 16))), 1)
+
+
+@dataclass(frozen=True)
+class LossTile(Tile):
+    """Columns of a block; those of 16 bytes, which a lane holds side by side; the lanes."""
+
+    lanes: int = 32
+    vec: int = 8
+
+
+def cross_entropy_tile(V: int, itemsize: int) -> LossTile:
+    """Of one row of V logits, 16 to a lane and block: a row wider than the block is walked over."""
+    vec = 16 // itemsize
+    if chip() == "interpreter":
+        return LossTile(1, 8 * vec, 1, 1, 4, vec)
+    warp = 64 if chip() == "gfx9" else 32
+    lanes = min(256, max(warp, triton.next_power_of_2(V) // 16))
+    return LossTile(1, 16 * lanes, lanes // warp, 1, lanes, vec)

@@ -10,7 +10,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-OPS = ("attention", "layer_norm", "rms_norm", "ffn", "embedding", "adamw", "rotary")
+OPS = (
+    "attention", "layer_norm", "rms_norm", "ffn", "embedding", "adamw", "rotary", "cross_entropy",
+    "linear_cross_entropy",
+)  # fmt: skip
 # What may import what: a layer sees those before it.
 LAYERS = {
     "kernels": 0, "ops": 1, "layers": 2, "optim": 2, "model": 3,

@@ -5,11 +5,13 @@ import sys
 from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
 from fastgpt.ops.attention import attention, attention_ref
 from fastgpt.ops.backend import Choice, explain, use
+from fastgpt.ops.cross_entropy import cross_entropy, cross_entropy_ref
 from fastgpt.ops.dropout import dropout_mask
 from fastgpt.ops.embedding import embedding, embedding_ref
 from fastgpt.ops.ffn import ffn, ffn_ref
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_ref
 from fastgpt.ops.library import register_flop_formulas
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from fastgpt.ops.rms_norm import rms_norm, rms_norm_ref
 from fastgpt.ops.rotary import rotary, rotary_ref, rotary_table
 
@@ -20,6 +22,8 @@ __all__ = [
     "adamw_ref",
     "attention",
     "attention_ref",
+    "cross_entropy",
+    "cross_entropy_ref",
     "dropout_mask",
     "embedding",
     "embedding_ref",
@@ -28,6 +32,8 @@ __all__ = [
     "ffn_ref",
     "layer_norm",
     "layer_norm_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
     "register_flop_formulas",
     "rms_norm",
     "rms_norm_ref",

@@ -5,12 +5,33 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adamw, attention, embedding, ffn, layer_norm, rms_norm, rotary
+from benchmarks import (
+    adamw,
+    attention,
+    cross_entropy,
+    embedding,
+    ffn,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+)
+
+MODULES = (
+    attention,
+    layer_norm,
+    rms_norm,
+    ffn,
+    embedding,
+    adamw,
+    rotary,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALLEST = {
-    module.__name__.split(".")[1]: module.cases(DEVICE, torch.float32)[0]
-    for module in (attention, layer_norm, rms_norm, ffn, embedding, adamw, rotary)
+    module.__name__.split(".")[1]: module.cases(DEVICE, torch.float32)[0] for module in MODULES
 }
 FORWARD_ONLY = ("adamw",)  # steps that have no gradient
 

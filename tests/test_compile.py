@@ -25,6 +25,11 @@ pytestmark = [
 from fastgpt.kernels.adamw import adamw as step_adamw  # noqa: E402
 from fastgpt.kernels.attention import attention_fwd  # noqa: E402
 from fastgpt.kernels.attention_bwd import attention_bwd  # noqa: E402
+from fastgpt.kernels.cross_entropy import (  # noqa: E402
+    cross_entropy_both,
+    cross_entropy_bwd,
+    cross_entropy_fwd,
+)
 from fastgpt.kernels.embedding import embedding_bwd, embedding_fwd  # noqa: E402
 from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
@@ -100,6 +105,17 @@ def ffn(
         needs = [True, True, bias, True, False, gated, gated and bias]
         ffn_bwd(y, x, w1, b1, w2, v, c, pre, h, activation, needs)
         ffn_fwd(x, w1, b1, w2, None, v, c, activation, False, False)
+
+    return launch
+
+
+def cross_entropy(V: int, dtype: torch.dtype, options: bool) -> Launch:
+    def launch() -> None:
+        logits, target = torch.empty(8, V, dtype=dtype), torch.zeros(8, dtype=torch.int64)
+        how = (-100, 0.1, 1e-4, 30.0) if options else (-100, 0.0, 0.0, 0.0)
+        losses, stats = cross_entropy_fwd(logits, target, how)
+        cross_entropy_bwd(losses, logits, target, stats, how, torch.empty_like(logits))
+        cross_entropy_both(logits, target, how, losses)
 
     return launch
 
@@ -180,6 +196,12 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
             )
         ),
         *(
+            cross_entropy(V, dtype, options)
+            for V, dtype, options in itertools.product(
+                (100, 32000, 50257, 50304, 131072), DTYPES, (True, False)
+            )
+        ),
+        *(
             rotary(D, R, dtype, norm, interleaved)
             for (D, R), dtype, norm, interleaved in itertools.product(
                 ((64, 64), (128, 128), (80, 32), (256, 64)), DTYPES, (True, False), (True, False)
@@ -213,6 +235,7 @@ def test_every_kernel_compiles(target: str) -> None:
             rms_norm(8193, torch.bfloat16, torch.bfloat16, True, 0.0),
             embedding(768, torch.bfloat16, torch.int64, True, 0.1),
             adamw(torch.float32, low=torch.bfloat16),
+            cross_entropy(50257, torch.bfloat16, False),
             ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False),
             ffn(768, torch.bfloat16, "silu", 2, False, True),
             ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", 1, True, False),
@@ -248,6 +271,10 @@ def test_three_sizes_compile_once() -> None:
             _, _, mean, rstd = layer_norm_fwd(x, None, w, w, 1e-5, 0.0, None)
             layer_norm_bwd(x, None, x, w, True, mean, rstd, 0.0, None, x.dtype)
             adamw(torch.float32, T * 768)()
+            target, how = torch.zeros(T, dtype=torch.int64), (-100, 0.0, 0.0, 0.0)
+            losses, stats = cross_entropy_fwd(x, target, how)
+            cross_entropy_bwd(losses, x, target, stats, how, torch.empty_like(x))
+            cross_entropy_both(x, target, how, losses)
             y, pre, h = ffn_fwd(x, f, None, f.T, None, None, None, "gelu", True, False)
             needs = [True] * 5 + [False] * 2
             ffn_bwd(y, x, f, None, f.T.contiguous(), None, None, pre, h, "gelu", needs)

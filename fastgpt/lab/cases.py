@@ -111,6 +111,33 @@ def _embedding(s: Sizes) -> None:
     embedding_bwd(dy.view(B, T, C), idx, V, T, 0, p, seed)
 
 
+def _cross_entropy(s: Sizes) -> None:
+    from fastgpt.kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
+
+    logits, target = (
+        torch.empty(s["M"], s["V"], dtype=DTYPES[s["dtype"]]),
+        torch.zeros(s["M"]).long(),
+    )
+    how = (-100, s["label_smoothing"], s["z_loss"], s["softcap"])
+    losses, stats = cross_entropy_fwd(logits, target, how)
+    cross_entropy_bwd(losses, logits, target, stats, how, torch.empty_like(logits))
+
+
+def _linear_cross_entropy(s: Sizes) -> None:
+    from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_fwd
+    from fastgpt.ops.linear_cross_entropy import GPU_BUDGET, chunk_rows
+
+    M, C, V, dtype = s["M"], s["C"], s["V"], DTYPES[s["dtype"]]
+    x, weight, target = (
+        torch.empty(M, C, dtype=dtype),
+        torch.empty(V, C, dtype=dtype),
+        torch.zeros(M),
+    )
+    how = (-100, s["label_smoothing"], s["z_loss"], s["softcap"])
+    chunk = chunk_rows(M, V, dtype.itemsize, GPU_BUDGET)
+    linear_cross_entropy_fwd(x, weight, None, target.long(), how, chunk, [True, True, False])
+
+
 @dataclass(frozen=True)
 class Case:
     """An op: what launches its kernels, the sizes it takes, and smaller ones to run them on.
@@ -128,6 +155,7 @@ class Case:
     elements: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
+_LOSS = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
 OPS = {
     "layer_norm": Case(
         _layer_norm,
@@ -211,6 +239,22 @@ OPS = {
             "save_h": "yes",
         },
         tuple({"M": M, "C": 256, "F": 512} for M in (128, 256, 512)),
+    ),
+    "cross_entropy": Case(
+        _cross_entropy,
+        {"M": 8192, "V": 50257, "dtype": "bf16", **_LOSS},
+        tuple({"M": M, "V": 50257} for M in (2, 4, 8)),
+        {
+            "_fwd_kernel": {"launch": "M * V", "loop": "BLOCK", "bytes": "size"},
+            "_bwd_kernel": {"launch": "M * V", "loop": "BLOCK", "bytes": "size * 2"},
+        },
+    ),
+    "linear_cross_entropy": Case(
+        _linear_cross_entropy,
+        {"M": 8192, "C": 768, "V": 50257, "dtype": "bf16", **_LOSS},
+        tuple({"M": M, "C": 64, "V": 50257} for M in (2, 4, 8)),
+        # the row is read once more, from a cache or not
+        {"_both_kernel": {"launch": "M * V", "loop": "BLOCK", "bytes": "size * 2"}},
     ),
     "adamw": Case(
         _adamw,

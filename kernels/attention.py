@@ -1,8 +1,9 @@
 """Flash attention, forward, without a T x T matrix; attention_bwd.py has the gradients.
 
 Forward (Dao, FlashAttention-2, 2023, https://arxiv.org/abs/2307.08691, algorithm 1): one program
-owns BLOCK_M queries of one head and walks over the keys they see, holding the running maximum m,
-the sum l and the unnormalised output acc, in float32 and base 2 (2^x is one instruction):
+owns BLOCK_M queries of one head and walks over the keys they see, holding the running maximum m
+(as n = -m), the sum l (in eight parts, where a row is spread over threads) and the unnormalised
+output acc, in float32 and base 2 (2^x is one instruction):
 
     s = q k^T        m' = max(m, scale' s)   with scale' = softmax_scale * log2(e)
     p = 2^(scale' s - m')                    a = 2^(m - m')
@@ -22,9 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.tiles import attention_tiles, on_device, padded_head_dim
+from fastgpt.kernels.tiles import attention_flags, attention_tiles, on_device, padded_head_dim
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Dropping the lower half of a float32's bits takes 0.0028 of it on average (1 / (512 ln 2), the
+# mantissas' logarithms being uniform): weights that lose them are made 2^DROPPED times larger.
+DROPPED = tl.constexpr(0.0040593)
+KEPT = tl.constexpr(1.0028177)  # 2^DROPPED
 LN2 = tl.constexpr(0.6931471805599453)
 L2_BYTES = 2**25  # of keys and values that neighbouring programs share: below every target's L2
 
@@ -35,6 +40,15 @@ def kept(seed, bh, i, j, threshold):
     c2 = bh + tl.zeros_like(j)
     bits, _, _, _ = tl.philox(seed, j, i, c2, tl.zeros_like(j), 7)
     return (bits >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr, TRUNCATE: tl.constexpr):
+    """x in the dtype of the products; TRUNCATE drops the lower half of a float32's bits."""
+    if TRUNCATE:
+        return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -71,10 +85,10 @@ def _tile(ptr, stride_t, offs_t, offs_d, T, D, MASK_T: tl.constexpr, PAD_D: tl.c
 
 @triton.jit
 def _fwd_block(
-    acc, m_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left, right,
+    acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left, right,
     qk_scale, seed, bh, threshold,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -85,15 +99,22 @@ def _fwd_block(
     if MASKED:
         see = _sees(t_m[:, None], (start_n + offs_n)[None, :], left, right, Tk)
         s = tl.where(see, s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
-    p = tl.math.exp2(tl.fma(s, qk_scale, -m_new[:, None]))
-    alpha = tl.math.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, 1)
+    if TRUNCATE:
+        n_new = tl.minimum(n_i, tl.fma(tl.max(s, 1), -qk_scale, DROPPED))
+    else:
+        n_new = tl.minimum(n_i, tl.max(s, 1) * -qk_scale)
+    p = tl.math.exp2(tl.fma(s, qk_scale, n_new[:, None]))
+    alpha = tl.math.exp2(n_new - n_i)
+    if TMEM:
+        l_i = tl.fma(l_i, alpha, tl.sum(p, 1))
+    else:
+        parts = tl.reshape(p, [s.shape[0], BLOCK_N // 8, 8])
+        l_i = tl.fma(l_i, alpha[:, None], tl.sum(parts, 1))
     if DROPOUT:
         p = tl.where(kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold), p, 0.0)
     v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return acc, m_new, l_i
+    acc = tl.dot(_narrow(p, v.dtype, TRUNCATE), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, n_new, l_i
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "left", "right", "BH", "band", "threshold"])
@@ -103,7 +124,7 @@ def _fwd_kernel(
     stride_vh, stride_ob, stride_ot, stride_oh,
     Tq, Tk, H, groups, D, BH, band, left, right, qk_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
 ):  # fmt: skip
     # Programs go band by band of heads whose keys fit the L2 cache, in a band last queries first.
     pid = tl.program_id(0)
@@ -126,8 +147,11 @@ def _fwd_kernel(
     t_m = offs_m + (Tk - Tq)
     q = _tile(q_ptr, stride_qt, in_m, offs_d, Tq - start_m, D, True, PAD_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    m_i = tl.full([BLOCK_M], -1e30, dtype=tl.float32)  # finite: -inf - -inf would be NaN
-    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    n_i = tl.full([BLOCK_M], 1e30, dtype=tl.float32)  # -m; finite: inf - inf would be NaN
+    if TMEM:
+        l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    else:
+        l_i = tl.zeros([BLOCK_M, 8], dtype=tl.float32)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     t_first = start_m + Tk - Tq
@@ -136,23 +160,27 @@ def _fwd_kernel(
         t_first - left, t_last + right + 1, t_last - left, t_first + right + 1, Tk, BLOCK_N
     )
     for n in tl.range(n_full, n_unfull):
-        acc, m_i, l_i = _fwd_block(
-            acc, m_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m, Tk, D,
+        acc, n_i, l_i = _fwd_block(
+            acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m, Tk, D,
             left, right, qk_scale, seed, bh, threshold,
-            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT,
+            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, TMEM,
         )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
-        acc, m_i, l_i = _fwd_block(
-            acc, m_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D,
+        acc, n_i, l_i = _fwd_block(
+            acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D,
             left, right, qk_scale, seed, bh, threshold,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, TMEM,
         )  # fmt: skip
 
+    if not TMEM:
+        l_i = tl.sum(l_i, 1)
     some = l_i > 0.0  # a query that sees no key gives 0 and -inf
     l_i = tl.where(some, l_i, 1.0)
     inv = tl.where(some, keep_scale / l_i, 0.0)
-    lse = tl.where(some, (m_i + tl.math.log2(l_i)) * LN2, float("-inf"))
+    if TRUNCATE:
+        inv *= KEPT
+    lse = tl.where(some, (tl.math.log2(l_i) - n_i) * LN2, float("-inf"))
     tl.store(lse_ptr + bh.to(tl.int64) * Tq + offs_m, lse, mask=offs_m < Tq)
     mask = offs_m[:, None] < Tq
     if PAD_D:
@@ -187,6 +215,7 @@ def _common(
         "BLOCK_D": block_d,
         "PAD_D": block_d != D,
         "DROPOUT": dropout_p > 0.0,
+        **attention_flags(q.dtype),
     }
 
 

@@ -7,7 +7,8 @@ p = 2^(scale' s - log2(e) lse) made again from q, k and lse:
     dv = p^T do                     dk = softmax_scale * ds^T q       dq = softmax_scale * ds k
 
 Each of dk, dv and dq has one owner, which sums in a fixed order: no atomics, the same bits each
-time. A kv head's owner also sums over the query heads that share it.
+time. A kv head's owner also sums over the query heads that share it. What each query adds,
+-log2(e) lse and -delta, is made once, by the kernel of delta.
 """
 
 import torch
@@ -15,17 +16,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention import LOG2E, _bounds, _common, _rows, _sees, _tile, kept
+from fastgpt.kernels.attention import (
+    DROPPED,
+    LOG2E,
+    _bounds,
+    _common,
+    _narrow,
+    _rows,
+    _sees,
+    _tile,
+    kept,
+)
 from fastgpt.kernels.tiles import attention_tiles, on_device, padded_head_dim
 
 
 @triton.jit(do_not_specialize=["Tq"])
 def _delta_kernel(
-    do_ptr, o_ptr, dlse_ptr, delta_ptr,
+    do_ptr, o_ptr, lse_ptr, dlse_ptr, nlse_ptr, ndelta_ptr,
     stride_db, stride_dt, stride_dh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
     stride_lt, Tq, H, D,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, HAS_DO: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
+    HAS_DLSE: tl.constexpr, TRUNCATE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -45,15 +56,20 @@ def _delta_kernel(
     if HAS_DLSE:
         dlse_ptr += b * stride_lb + h * stride_lh + start_m.to(tl.int64) * stride_lt
         delta -= tl.load(dlse_ptr + in_m * stride_lt, mask=offs_m < Tq, other=0.0)
-    tl.store(delta_ptr + bh.to(tl.int64) * Tq + offs_m, delta, mask=offs_m < Tq)
+    row = bh.to(tl.int64) * Tq
+    nlse = tl.load(lse_ptr + row + offs_m, mask=offs_m < Tq, other=0.0) * -LOG2E
+    if TRUNCATE:
+        nlse += DROPPED
+    tl.store(nlse_ptr + row + offs_m, nlse, mask=offs_m < Tq)
+    tl.store(ndelta_ptr + row + offs_m, -delta, mask=offs_m < Tq)
 
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dt, start_m, offs_n, shift,
+    dk, dv, k, v, q_ptr, do_ptr, nlse_ptr, ndelta_ptr, stride_qt, stride_dt, start_m, offs_n, shift,
     Tq, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
 ):  # fmt: skip
     in_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -63,13 +79,13 @@ def _dkdv_block(
     q = _tile(q_ptr + start * stride_qt, stride_qt, in_m, offs_d, end, D, MASKED, PAD_D)
     do = _tile(do_ptr + start * stride_dt, stride_dt, in_m, offs_d, end, D, MASKED, PAD_D)
     if MASKED:
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < Tq, other=0.0)
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
+        nlse = tl.load(nlse_ptr + offs_m, mask=offs_m < Tq, other=0.0)
+        ndelta = tl.load(ndelta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
     else:
-        lse = tl.load(lse_ptr + offs_m)
-        delta = tl.load(delta_ptr + offs_m)
+        nlse = tl.load(nlse_ptr + offs_m)
+        ndelta = tl.load(ndelta_ptr + offs_m)
     st = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-    pt = tl.math.exp2(tl.fma(st, qk_scale, -(lse * LOG2E)[None, :]))
+    pt = tl.math.exp2(tl.fma(st, qk_scale, nlse[None, :]))
     if MASKED:
         see = _sees((offs_m + shift)[None, :], offs_n[:, None], left, right, Tk)
         see &= (offs_m < Tq)[None, :]
@@ -81,20 +97,20 @@ def _dkdv_block(
         dpt = tl.where(keep, dpt * keep_scale, 0.0)
     else:
         pd = pt
-    dv = tl.dot(pd.to(do.dtype), do, dv, input_precision="ieee")
-    dst = pt * (dpt - delta[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
+    dv = tl.dot(_narrow(pd, do.dtype, TRUNCATE), do, dv, input_precision="ieee")
+    dst = pt * (dpt + ndelta[None, :])
+    dk = tl.dot(_narrow(dst, q.dtype, TRUNCATE), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "left", "right", "threshold"])
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, nlse_ptr, ndelta_ptr, dk_ptr, dv_ptr, seed_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_db, stride_dt, stride_dh,
     Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
 ):  # fmt: skip
     heads = H // groups
     blocks = tl.cdiv(Tk, BLOCK_N)
@@ -127,16 +143,16 @@ def _dkdv_kernel(
         qh = (b * H + h).to(tl.int32)
         for m in tl.range(m_full, m_unfull):
             dk, dv = _dkdv_block(
-                dk, dv, k, v, q_head, do_head, lse_ptr + row, delta_ptr + row, stride_qt, stride_dt,
-                m * BLOCK_M, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh, threshold,
-                keep_scale, BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT,
+                dk, dv, k, v, q_head, do_head, nlse_ptr + row, ndelta_ptr + row, stride_qt,
+                stride_dt, m * BLOCK_M, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh,
+                threshold, keep_scale, BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, TMEM,
             )  # fmt: skip
         for m in tl.range(m_first, m_last - (m_unfull - m_full)):
             start_m = tl.where(m < m_full, m, m + (m_unfull - m_full)) * BLOCK_M
             dk, dv = _dkdv_block(
-                dk, dv, k, v, q_head, do_head, lse_ptr + row, delta_ptr + row, stride_qt, stride_dt,
-                start_m, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh, threshold,
-                keep_scale, BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT,
+                dk, dv, k, v, q_head, do_head, nlse_ptr + row, ndelta_ptr + row, stride_qt,
+                stride_dt, start_m, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh,
+                threshold, keep_scale, BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, TMEM,
             )  # fmt: skip
 
     mask = offs_n[:, None] < Tk
@@ -151,10 +167,10 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_block(
-    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left,
+    dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left,
     right, qk_scale, seed, bh, threshold, keep_scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -163,26 +179,31 @@ def _dq_block(
     k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
     v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    p = tl.math.exp2(tl.fma(s, qk_scale, -lse2[:, None]))
+    p = tl.math.exp2(tl.fma(s, qk_scale, nlse[:, None]))
     if MASKED:
         see = _sees(t_m[:, None], (start_n + offs_n)[None, :], left, right, Tk)
         p = tl.where(see, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     if DROPOUT:
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         keep = kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dp = tl.where(keep, dp * keep_scale, 0.0) + ndelta[:, None]
+    elif TMEM:
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee") + ndelta[:, None]
+    else:  # the sum starts at -delta, which stays in registers
+        dp = tl.broadcast_to(ndelta[:, None], s.shape)
+        dp = tl.dot(do, tl.trans(v), dp, input_precision="ieee")
+    ds = p * dp
+    return tl.dot(_narrow(ds, k.dtype, TRUNCATE), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "left", "right", "threshold"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, nlse_ptr, ndelta_ptr, dq_ptr, seed_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_db, stride_dt, stride_dh,
     Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -201,8 +222,8 @@ def _dq_kernel(
     row = bh.to(tl.int64) * Tq
     q = _tile(q_ptr, stride_qt, in_m, offs_d, Tq - start_m, D, True, PAD_D)
     do = _tile(do_ptr, stride_dt, in_m, offs_d, Tq - start_m, D, True, PAD_D)
-    lse2 = tl.load(lse_ptr + row + offs_m, mask=offs_m < Tq, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + row + offs_m, mask=offs_m < Tq, other=0.0)
+    nlse = tl.load(nlse_ptr + row + offs_m, mask=offs_m < Tq, other=0.0)
+    ndelta = tl.load(ndelta_ptr + row + offs_m, mask=offs_m < Tq, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
@@ -213,16 +234,16 @@ def _dq_kernel(
     )
     for n in tl.range(n_full, n_unfull):
         dq = _dq_block(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m,
+            dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m,
             Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
-            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT,
+            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, TMEM,
         )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
         dq = _dq_block(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m,
+            dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m,
             Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, TMEM,
         )  # fmt: skip
 
     mask = offs_m[:, None] < Tq
@@ -246,7 +267,7 @@ def attention_bwd(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
+    nlse, ndelta = torch.empty_like(lse), torch.empty_like(lse)
     block_d = padded_head_dim(D)
     has_do = do is not None
     do = torch.zeros_like(o) if do is None else _rows(do)
@@ -255,17 +276,18 @@ def attention_bwd(
     with on_device(q):
         tiles = attention_tiles(q.dtype, block_d, dropout_p > 0.0)
         _delta_kernel[(triton.cdiv(Tq, tiles.delta.block_m) * B * H,)](
-            do, o, dlse, delta,
+            do, o, lse, dlse, nlse, ndelta,
             *do.stride()[:3], *o.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
             Tq, H, D, BLOCK_M=tiles.delta.block_m, BLOCK_D=block_d, PAD_D=block_d != D,
-            HAS_DO=has_do, HAS_DLSE=dlse is not None, **tiles.delta.options,
+            HAS_DO=has_do, HAS_DLSE=dlse is not None, TRUNCATE=common["TRUNCATE"],
+            **tiles.delta.options,
         )  # fmt: skip
         _dkdv_kernel[(triton.cdiv(Tk, tiles.dkdv.block_n) * B * heads,)](
-            q, k, v, do, lse, delta, dk, dv, seed, *strides, softmax_scale=scale,
+            q, k, v, do, nlse, ndelta, dk, dv, seed, *strides, softmax_scale=scale,
             BLOCK_M=tiles.dkdv.block_m, BLOCK_N=tiles.dkdv.block_n, **common, **tiles.dkdv.options,
         )  # fmt: skip
         _dq_kernel[(triton.cdiv(Tq, tiles.dq.block_m) * B * H,)](
-            q, k, v, do, lse, delta, dq, seed, *strides, softmax_scale=scale,
+            q, k, v, do, nlse, ndelta, dq, seed, *strides, softmax_scale=scale,
             BLOCK_M=tiles.dq.block_m, BLOCK_N=tiles.dq.block_n, **common, **tiles.dq.options,
         )  # fmt: skip
     return dq, dk, dv

@@ -58,7 +58,8 @@ def chip() -> str:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
-        return "gfx9" if str(target.arch).startswith("gfx9") else "gfx11"
+        arch = str(target.arch)
+        return "gfx950" if arch == "gfx950" else "gfx9" if arch.startswith("gfx9") else "gfx11"
     arch = int(target.arch)
     if arch in (80, 87):
         return "sm_80"
@@ -108,6 +109,10 @@ _ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         128: (Tile(128, 32, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
     },
     # The least that spills, at a head dim of 128: a thread has 256 registers and two accumulators.
+    "gfx950": {
+        64: (Tile(128, 64, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+        128: (Tile(128, 32, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+    },
     "gfx11": {
         64: (Tile(128, 64, 8, 1), Tile(16, 128, 8, 1), Tile(64, 16, 4, 1)),
         128: (Tile(128, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 16, 4, 1)),
@@ -126,6 +131,7 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         128: (Tile(128, 64, 8, 3), Tile(16, 32, 2, 3), Tile(128, 32, 8, 3)),
     },
     "gfx9": {},
+    "gfx950": {},
     "gfx11": {},
 }
 # Head dims of 136 to 256, any chip. Backward spills: two accumulators of 256 columns a key.
@@ -152,6 +158,17 @@ def attention_tiles(dtype: torch.dtype, block_d: int, dropout: bool) -> Attentio
         rows = _ATTENTION[where]
         fwd, dkdv, dq = (_ATTENTION_DROPOUT[where] if dropout else rows).get(at, rows[at])
     return AttentionTiles(fwd, Tile(32, 32, 4, 1), dkdv, dq)
+
+
+def attention_flags(dtype: torch.dtype) -> dict[str, bool]:
+    """How the attention kernels suit the chip.
+
+    TRUNCATE: no instruction rounds float32 to bfloat16, which takes six; dropping bits takes half
+    of one. TMEM: accumulators lie in tensor memory, and a thread holds a whole row.
+    """
+    where = chip()
+    rounds = where.startswith("sm_") or where in ("interpreter", "gfx950")
+    return {"TRUNCATE": dtype == torch.bfloat16 and not rounds, "TMEM": where == "sm_100"}
 
 
 def programs(x: Tensor, num_warps: int) -> int:
@@ -200,7 +217,7 @@ def ffn_tile(two: bool = False) -> ProductTile:
     if two and not chip().startswith("gfx"):
         return ProductTile(128, 64, 8, 3, 64)
     if chip().startswith("gfx"):
-        return ProductTile(128, 128, 8, 2, 64 if chip() == "gfx9" else 32)
+        return ProductTile(128, 128, 8, 2, 64 if chip().startswith("gfx9") else 32)
     return ProductTile(128, 128, 8, 4, 64)
 
 

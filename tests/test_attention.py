@@ -151,6 +151,26 @@ def test_kernel_matches_over_many_blocks(Tk: int, kwargs: dict[str, Any], device
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("flag", ["TMEM"] if INTERPRET else ["TMEM", "TRUNCATE"])
+def test_kernel_matches_as_other_chips_run_it(
+    flag: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastgpt.kernels.attention as kernels
+
+    flags = {"TRUNCATE": False, "TMEM": False, flag: True}
+    monkeypatch.setattr(kernels, "attention_flags", lambda dtype: flags)
+    dtype = torch.bfloat16 if flag == "TRUNCATE" else torch.float16
+    x = qkv(1, 37, 1, 16, dtype=dtype, device=device)
+
+    def op(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
+        with fastgpt.use("triton"):
+            return attention(q, k, v, **more)
+
+    assert_matches(with_lse(op), with_lse(attention_ref), x)
+    assert torch.equal(op(**x, window=1), x["v"])  # one weight, which is exactly one
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("Tq, Tk", [(37, 37), (29, 21)])
 def test_kernel_matches_with_dropout_and_gradient_through_lse(

@@ -133,6 +133,17 @@ class Driver:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def utils(self) -> Any:
+        """What programs ask to choose their tiles."""
+        there = chip(self.target)
+        properties = {
+            "max_shared_mem": there.shared_limit,
+            "multiprocessor_count": there.multiprocessors,
+            "warpSize": there.warp_size,
+        }
+        return SimpleNamespace(get_device_properties=lambda device: properties)
+
 
 @contextmanager
 def present(target: str) -> Iterator[None]:

@@ -30,6 +30,7 @@ DTYPES = {
     "f8e5m2": torch.float8_e5m2,
     "i64": torch.int64,
     "i32": torch.int32,
+    "u32": torch.uint32,
     "i16": torch.int16,
     "i8": torch.int8,
     "u8": torch.uint8,
@@ -265,7 +266,8 @@ def written_down(name: str, value: Any, storages: dict[int, int], keep: int = 1 
         return arg
     if type(value).__name__ == "TensorDescriptor":
         base = written_down(name, value.base, storages, keep)
-        return DescriptorArg(base, tuple(value.block_shape))
+        shape, strides = tuple(value.shape), tuple(value.strides)  # which need not be the tensor's
+        return DescriptorArg(replace(base, shape=shape, strides=strides), tuple(value.block_shape))
     if type(value).__name__ == "constexpr":
         return value.value
     if value is None or isinstance(value, (bool, int, float, str)):

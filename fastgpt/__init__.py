@@ -4,6 +4,19 @@ from fastgpt import ops, optim
 from fastgpt.generate import generate, stream
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.backend import explain, use
+from fastgpt.tune import tune
+from fastgpt.warmup import warmup
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "GPTConfig", "explain", "generate", "ops", "optim", "stream", "use"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "explain",
+    "generate",
+    "ops",
+    "optim",
+    "stream",
+    "tune",
+    "use",
+    "warmup",
+]

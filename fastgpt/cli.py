@@ -1,4 +1,4 @@
-"""The command line: fastgpt demo, train, generate, lab.
+"""The command line: fastgpt demo, train, generate, tune, lab.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -17,6 +17,7 @@ commands:
   demo      train a small GPT on real text in about two minutes, and show what it learned
   train     train a GPT on text files
   generate  continue a prompt with a trained model
+  tune      measure tiles on this machine's GPU, and use the fastest from then on
   lab       what a Triton kernel became on each chip, and its faults, with no GPU
 
 fastgpt COMMAND --help tells a command's options.
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for out in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by something else
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
-    commands = {"demo": _demo, "train": _train, "generate": _generate, "lab": _lab}
+    commands = {"demo": _demo, "train": _train, "generate": _generate, "tune": _tune, "lab": _lab}
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE, end="")
@@ -193,6 +194,45 @@ def _generate(argv: list[str]) -> int:
         for piece in tokenizer.stream(int(token) for token in tokens):
             print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _tune(argv: list[str]) -> int:
+    from fastgpt.tune_ops import DTYPES, TASKS
+
+    said = "; ".join(f"{n} takes {', '.join(task.sizes)}" for n, task in TASKS.items())
+    parser = _Parser(
+        "fastgpt tune",
+        description="Time tiles of the kernels on this machine's GPU, keep the fastest that are"
+        " right, and use them from then on.",
+        epilog=f"sizes: {said}. The file is FASTGPT_CACHE, or fastgpt/tiles.json in the user's"
+        " cache folder.",
+    )
+    parser.add_argument(
+        "ops", nargs="*", metavar="OP[:NAME=NUMBER,...]",
+        help=f"of {', '.join(TASKS)}; all of them, at GPT-2's sizes, without",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16; float32 in the interpreter")
+    parser.add_argument(
+        "--device", default="cuda",
+        help="cuda; or cpu with TRITON_INTERPRET=1, to try it out (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=20, help="timings of each (%(default)s)")
+    parser.add_argument(
+        "--candidates", type=int, default=24, help="the most for each tile (%(default)s)"
+    )
+    parser.add_argument("--cache", metavar="FILE", help="write here")
+    args = parser.parse_args(argv)
+    try:
+        from fastgpt.tune import tune
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError("tune: needs the package triton; pip install triton") from None
+    tune(
+        args.ops, dtype=DTYPES.get(args.dtype), device=args.device, rounds=args.rounds,
+        candidates=args.candidates, path=args.cache,
+    )  # fmt: skip
     return 0
 
 

@@ -1,26 +1,33 @@
 """Tile sizes per op, width and chip: small tables, no autotuner, no query at import.
 
-No row was timed. A row is the largest tile, of those tried, that compiles for its chips without
-register spills and within their shared memory.
+No row of these tables was timed: the basis of each is that it was compiled. It is the largest
+tile, of those tried, that compiles for its chips without register spills and within their shared
+memory. Rows that `fastgpt tune` measured on a GPU say so, and take the place of these there; see
+tuned.py.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from fastgpt.kernels.tuned import tunable
+
+COMPILED = "compiled, Triton 3.7.1"
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a program's tile, and how it is compiled."""
+    """Rows and columns of a program's tile, how it is compiled, and what speaks for it."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    basis: str = field(default=COMPILED, kw_only=True, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -144,6 +151,7 @@ _ATTENTION_FLOAT32 = {
 }
 
 
+@tunable
 def attention_tiles(dtype: torch.dtype, block_d: int, dropout: bool) -> AttentionTiles:
     """Tiles of the attention kernels for a head dim padded to block_d."""
     where = chip()
@@ -180,6 +188,7 @@ def programs(x: Tensor, num_warps: int) -> int:
     )
 
 
+@tunable
 def layer_norm_tile(N: int, backward: bool = False) -> Tile:
     """Rows x columns of a program: a row wider than the tile is walked over in chunks.
 
@@ -210,6 +219,7 @@ class ProductTile(Tile):
     block_k: int = 32
 
 
+@tunable
 def ffn_tile(two: bool = False) -> ProductTile:
     """Of the feed-forward's products, in 16-bit dtypes; two: of two products side by side."""
     if chip() == "interpreter":
@@ -221,11 +231,13 @@ def ffn_tile(two: bool = False) -> ProductTile:
     return ProductTile(128, 128, 8, 4, 64)
 
 
+@tunable
 def act_tile() -> Tile:
     """Of the pointwise passes over (M, F)."""
     return Tile(8, 32, 1, 1) if chip() == "interpreter" else Tile(4, 512, 4, 1)
 
 
+@tunable
 def adamw_tile(prepare: bool = False) -> Tile:
     """Of the optimizer's pass: blocks of a chunk x elements of a block; or of its preparation."""
     if prepare:

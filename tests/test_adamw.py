@@ -292,9 +292,9 @@ def test_tensors_further_apart_than_32_bits(device: str) -> None:
         a.copy_(b)
 
     def step(params: list[Tensor]) -> None:
-        like = [[torch.ones(40) for _ in params] for _ in range(3)]
+        g, m, v = ([torch.ones(40) for _ in params] for _ in range(3))
         steps = [torch.zeros(()) for _ in params]
-        forced([AdamWGroup(params, *like, steps)], torch.zeros(4))
+        forced([AdamWGroup(params, g, m, v, steps)], torch.zeros(4))
 
     step(far)
     step(near)

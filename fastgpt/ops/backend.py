@@ -4,15 +4,17 @@
     with fastgpt.use("reference"):   # plain PyTorch
     with fastgpt.use("auto"):        # the default: the kernel wherever it can run
 
-The environment variable FASTGPT_BACKEND sets the default. TRITON_INTERPRET=1, read by Triton when
-a kernel is decorated, makes the kernels run on CPU tensors in Triton's interpreter.
+The environment variable FASTGPT_BACKEND sets the default, FASTGPT_CACHE the file of measured tiles
+(XDG_CACHE_HOME/fastgpt/tiles.json). TRITON_INTERPRET=1, read by Triton when a kernel is decorated,
+makes the kernels run on CPU tensors in Triton's interpreter.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,14 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)  # NVIDIA's compute capability: Ampere
 HAS_TRITON = find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _cache(environment: Mapping[str, str]) -> Path:
+    folder = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(environment.get("FASTGPT_CACHE") or f"{folder}/fastgpt/tiles.json")
+
+
+TILES = _cache(os.environ)  # where `fastgpt tune` writes what it measured, and kernels look
 
 
 def _check_path(path: str, source: str) -> str:
@@ -105,9 +115,30 @@ def rehearsal() -> Iterator[None]:
         _rehearsing = before
 
 
+_looked = False  # for measured tiles: once, before the first kernel on a GPU that is there
+
+
+def look_for_measured_tiles() -> None:
+    """Read the user's cache, the first time that a GPU is in use."""
+    global _looked
+    if (
+        not _looked
+        and HAS_TRITON
+        and not INTERPRET
+        and not _rehearsing
+        and torch.cuda.is_initialized()
+    ):
+        from fastgpt.ops import tuning
+
+        _looked = True
+        tuning.load(TILES.expanduser())
+
+
 def runs_kernel(x: Tensor) -> bool:
     """Whether a registered op given x launches its kernel. The dispatcher cannot tell: under the
     sanitizer a tensor is CUDA to the program and CPU to the dispatcher."""
+    if x.is_cuda and not torch.compiler.is_compiling() and not _looked:
+        look_for_measured_tiles()
     return x.is_cuda or INTERPRET or _rehearsing
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 _lib = torch.library.Library("fastgpt", "DEF")
+implementations: dict[str, Callable[..., Any]] = {}
 _flops: dict[str, Callable[..., Any]] = {}
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -24,6 +25,7 @@ def impl(name: str) -> Callable[[Fn], Fn]:
 
     def register(fn: Fn) -> Fn:
         _lib.impl(name, fn, "CompositeExplicitAutograd")
+        implementations[name] = fn
         return fn
 
     return register

@@ -1,0 +1,103 @@
+"""What `fastgpt tune` runs of each op: inputs of a size, and a call that carries gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+
+Sizes = dict[str, int]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Task:
+    """An op to tune.
+
+    Attributes:
+        sizes: GPT-2's; a name to its default.
+        small: such that the interpreter is done in seconds.
+        shapes: of the floating inputs, from the sizes. All have gradients if the value has.
+        call: the op, on them.
+        other: inputs that are no floating numbers.
+    """
+
+    sizes: Sizes
+    small: Sizes
+    shapes: Callable[[Sizes], dict[str, tuple[int, ...]]]
+    call: Callable[..., Tensor]
+    other: Callable[[Sizes, str], dict[str, Tensor]] = lambda sizes, device: {}
+
+    def inputs(self, sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        """Floating inputs, drawn so that products of them stay near 1; and the other ones."""
+        made = {}
+        for name, shape in self.shapes(sizes).items():
+            scale = shape[-1] ** -0.5 if name.startswith("w") and len(shape) > 1 else 1.0
+            made[name] = (torch.randn(shape, device=device) * scale).to(dtype)
+        return made | self.other(sizes, device)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.attention(q, k, v)
+
+
+def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y, h = ops.layer_norm(x, weight, bias, residual=residual)
+    return torch.cat([y, h])
+
+
+def _rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    y, h = ops.rms_norm(x, weight, residual=residual)
+    return torch.cat([y, h])
+
+
+def _ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return ops.ffn(x, w1, b1, w2, b2)
+
+
+@torch.no_grad()
+def _adamw(p: Tensor, g: Tensor) -> Tensor:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    new = p.detach().clone()
+    moments = [torch.zeros_like(p, dtype=wide) for _ in range(2)]
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    group = ops.AdamWGroup([new], [g.detach()], [moments[0]], [moments[1]], [step], lr=0.1)
+    ops.adamw([group], torch.zeros(4, device=p.device), max_grad_norm=1.0)
+    return new
+
+
+TASKS = {
+    "attention": Task(
+        {"B": 8, "T": 1024, "H": 12, "D": 64},
+        {"B": 1, "T": 40, "H": 1, "D": 16},
+        lambda s: dict.fromkeys("qkv", (s["B"], s["T"], s["H"], s["D"])),
+        _attention,
+    ),
+    "layer_norm": Task(
+        {"M": 8192, "N": 768},
+        {"M": 6, "N": 40},
+        lambda s: dict.fromkeys(("x", "residual"), (s["M"], s["N"]))
+        | dict.fromkeys(("weight", "bias"), (s["N"],)),
+        _layer_norm,
+    ),
+    "rms_norm": Task(
+        {"M": 8192, "N": 768},
+        {"M": 6, "N": 40},
+        lambda s: dict.fromkeys(("x", "residual"), (s["M"], s["N"])) | {"weight": (s["N"],)},
+        _rms_norm,
+    ),
+    "ffn": Task(
+        {"M": 8192, "C": 768, "F": 3072},
+        {"M": 20, "C": 16, "F": 24},
+        lambda s: {
+            "x": (s["M"], s["C"]), "w1": (s["F"], s["C"]), "b1": (s["F"],),
+            "w2": (s["C"], s["F"]), "b2": (s["C"],),
+        },
+        _ffn,
+    ),
+    "adamw": Task(
+        {"N": 1 << 24}, {"N": 100}, lambda s: dict.fromkeys(("p", "g"), (s["N"],)), _adamw
+    ),
+}  # fmt: skip

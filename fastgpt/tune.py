@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import backend, tuning
-from fastgpt.tune_ops import TASKS, Task
+from fastgpt.tune_ops import TASKS, Sizes, Task
 
 WINS = 0.98  # a candidate replaces the table's tile if it takes less than this part of its time
 FACTOR, ATOL = 2.0, 1e-5
@@ -136,7 +136,7 @@ def _gpu(device: str) -> str:
     return "cpu, Triton's interpreter"
 
 
-def _parse(said: str, device: str) -> tuple[str, Task, dict[str, int]]:
+def _parse(said: str, device: str) -> tuple[str, Task, Sizes]:
     name, _, rest = said.partition(":")
     if name not in TASKS:
         raise ValueError(f"tune: the op must be one of {', '.join(TASKS)}; got {name!r}")
@@ -153,15 +153,14 @@ def _parse(said: str, device: str) -> tuple[str, Task, dict[str, int]]:
 
 
 def _tune_op(
-    name: str, task: Task, sizes: dict[str, int], dtype: torch.dtype, device: str, rounds: int,
+    name: str, task: Task, sizes: Sizes, dtype: torch.dtype, device: str, rounds: int,
     candidates: int,
 ) -> Iterator[Tuned]:  # fmt: skip
     """One tile after the other, each with the best of those before it."""
     from fastgpt.kernels import tuned
 
     torch.manual_seed(0)
-    inputs = task.inputs(sizes, dtype, device)
-    judge = _Judge(task, inputs)
+    judge = _Judge(task, sizes, dtype, device)
     with tuned.measured({}), tuned.listening() as heard:
         judge.run()
     best: dict[Key, Any] = {}
@@ -217,16 +216,19 @@ def near(tile: Any) -> Iterator[Any]:
 class _Judge:
     """Runs an op forward and backward, and says how far off it is."""
 
-    def __init__(self, task: Task, inputs: dict[str, Tensor]) -> None:
-        self.call = task.call
-        self.inputs = _leaves(inputs, None)
-        self.names = [n for n, t in self.inputs.items() if t.requires_grad]
+    def __init__(self, task: Task, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
+        self.call, self.names = task.call, list(task.shapes(sizes))
+        self.inputs = task.inputs(sizes, dtype, device)
+        wide = {n: t.double() if n in self.names else t for n, t in self.inputs.items()}
+        for name in self.names:
+            self.inputs[name].requires_grad_()
+            wide[name].requires_grad_()
         self.dy: Tensor | None = None
         with backend.use("reference"):
             theirs = self.results(self.inputs)
-            self.gold = self.results(_leaves(inputs, torch.float64))
+            self.gold = self.results(wide)
         self.allowed = [
-            FACTOR * _off(t, gold) + ATOL * max(1.0, gold.abs().max().item())
+            FACTOR * _off(t, gold) + ATOL * gold.abs().max().item()
             for t, gold in zip(theirs, self.gold, strict=True)
         ]
 
@@ -252,14 +254,6 @@ class _Judge:
                 what = f"the gradient of {self.names[n - 1]}" if n else "the value"
                 return f"wrong: {what} is off by {off:.1e}, PyTorch allows {allowed:.1e}"
         return None
-
-
-def _leaves(inputs: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The inputs, the floating ones in a dtype, as leaves of autograd."""
-    return {
-        n: t.detach().to(dtype or t.dtype).requires_grad_() if t.is_floating_point() else t
-        for n, t in inputs.items()
-    }
 
 
 def _off(t: Tensor, gold: Tensor) -> float:

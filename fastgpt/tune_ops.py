@@ -19,9 +19,9 @@ class Task:
     Attributes:
         sizes: GPT-2's; a name to its default.
         small: such that the interpreter is done in seconds.
-        shapes: of the floating inputs, from the sizes. All have gradients if the value has.
-        call: the op, on them.
-        other: inputs that are no floating numbers.
+        shapes: of the inputs that have gradients if the value has, from the sizes.
+        call: the op, on them and the others.
+        other: inputs that have none, of dtypes of their own.
     """
 
     sizes: Sizes
@@ -31,7 +31,7 @@ class Task:
     other: Callable[[Sizes, str], dict[str, Tensor]] = lambda sizes, device: {}
 
     def inputs(self, sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        """Floating inputs, drawn so that products of them stay near 1; and the other ones."""
+        """The inputs, drawn so that products of them stay near 1."""
         made = {}
         for name, shape in self.shapes(sizes).items():
             scale = shape[-1] ** -0.5 if name.startswith("w") and len(shape) > 1 else 1.0
@@ -55,6 +55,35 @@ def _rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
 
 def _ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return ops.ffn(x, w1, b1, w2, b2)
+
+
+def _embedding(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+    return ops.embedding(idx, wte, wpe)
+
+
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat(ops.rotary(q, k, cos, sin))
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return ops.cross_entropy(logits, target, reduction="sum")
+
+
+def _linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return ops.linear_cross_entropy(x, weight, target, reduction="sum")
+
+
+def _ids(name: str, *shape: str) -> Callable[[Sizes, str], dict[str, Tensor]]:
+    """Ids of a vocabulary, in a shape of these sizes."""
+
+    def draw(s: Sizes, device: str) -> dict[str, Tensor]:
+        return {name: torch.randint(s["V"], [s[n] for n in shape], device=device)}
+
+    return draw
+
+
+def _table(s: Sizes, device: str) -> dict[str, Tensor]:
+    return dict(zip(("cos", "sin"), ops.rotary_table(s["T"], s["D"], device=device), strict=True))
 
 
 @torch.no_grad()
@@ -96,6 +125,34 @@ TASKS = {
             "w2": (s["C"], s["F"]), "b2": (s["C"],),
         },
         _ffn,
+    ),
+    "embedding": Task(
+        {"B": 8, "T": 1024, "C": 768, "V": 50257},
+        {"B": 2, "T": 5, "C": 20, "V": 7},
+        lambda s: {"wte": (s["V"], s["C"]), "wpe": (s["T"], s["C"])},
+        _embedding,
+        _ids("idx", "B", "T"),
+    ),
+    "rotary": Task(
+        {"B": 8, "T": 1024, "H": 12, "D": 64},
+        {"B": 1, "T": 5, "H": 2, "D": 16},
+        lambda s: dict.fromkeys("qk", (s["B"], s["T"], s["H"], s["D"])),
+        _rotary,
+        _table,
+    ),
+    "cross_entropy": Task(
+        {"M": 8192, "V": 50257},
+        {"M": 3, "V": 70},
+        lambda s: {"logits": (s["M"], s["V"])},
+        _cross_entropy,
+        _ids("target", "M"),
+    ),
+    "linear_cross_entropy": Task(
+        {"M": 8192, "C": 768, "V": 50257},
+        {"M": 5, "C": 16, "V": 40},
+        lambda s: {"x": (s["M"], s["C"]), "weight": (s["V"], s["C"])},
+        _linear_cross_entropy,
+        _ids("target", "M"),
     ),
     "adamw": Task(
         {"N": 1 << 24}, {"N": 100}, lambda s: dict.fromkeys(("p", "g"), (s["N"],)), _adamw

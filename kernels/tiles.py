@@ -206,6 +206,7 @@ def layer_norm_tile(N: int, backward: bool = False) -> Tile:
     return Tile(min(32, max(1, per_warp // block_n)), block_n, max(1, block_n // per_warp), 1)
 
 
+@tunable
 def embedding_tile(C: int, backward: bool = False) -> Tile:
     """Rows x columns of a program: a warp moves 16 bytes a lane of 16-bit rows."""
     if chip() == "interpreter":
@@ -245,6 +246,7 @@ def adamw_tile(prepare: bool = False) -> Tile:
     return Tile(2, 32, 1, 1) if chip() == "interpreter" else Tile(4, 2048, 4, 1)
 
 
+@tunable
 def rotary_tile(D: int) -> Tile:
     """Heads x pairs of a head, of a program's step over the heads of a token.
 
@@ -266,6 +268,7 @@ class LossTile(Tile):
     vec: int = 8
 
 
+@tunable
 def cross_entropy_tile(V: int, itemsize: int) -> LossTile:
     """Of one row of V logits, 16 to a lane and block: a row wider than the block is walked over."""
     vec = 16 // itemsize

@@ -249,7 +249,10 @@ def test_an_unwritable_folder_is_refused(
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["fly"], "fastgpt: the command must be one of demo, train, generate, tune, lab; got 'fly'"),
+        (
+            ["fly"],
+            "fastgpt: the command must be one of demo, train, generate, tune, lab; got 'fly'",
+        ),
         (["demo", "--minutes", "x"], "fastgpt demo: argument --minutes: invalid float value: 'x'"),
         (["demo", "--minutes", "0"], "train: max_seconds must be positive; got 0.0"),
         (["demo", "--fast"], "fastgpt demo: unrecognized arguments: --fast"),

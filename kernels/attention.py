@@ -88,7 +88,7 @@ def _fwd_block(
     acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left, right,
     qk_scale, seed, bh, threshold,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -105,11 +105,11 @@ def _fwd_block(
         n_new = tl.minimum(n_i, tl.max(s, 1) * -qk_scale)
     p = tl.math.exp2(tl.fma(s, qk_scale, n_new[:, None]))
     alpha = tl.math.exp2(n_new - n_i)
-    if TMEM:
-        l_i = tl.fma(l_i, alpha, tl.sum(p, 1))
-    else:
+    if PARTS:
         parts = tl.reshape(p, [s.shape[0], BLOCK_N // 8, 8])
         l_i = tl.fma(l_i, alpha[:, None], tl.sum(parts, 1))
+    else:
+        l_i = tl.fma(l_i, alpha, tl.sum(p, 1))
     if DROPOUT:
         p = tl.where(kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold), p, 0.0)
     v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)
@@ -124,7 +124,7 @@ def _fwd_kernel(
     stride_vh, stride_ob, stride_ot, stride_oh,
     Tq, Tk, H, groups, D, BH, band, left, right, qk_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # Programs go band by band of heads whose keys fit the L2 cache, in a band last queries first.
     pid = tl.program_id(0)
@@ -148,10 +148,10 @@ def _fwd_kernel(
     q = _tile(q_ptr, stride_qt, in_m, offs_d, Tq - start_m, D, True, PAD_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     n_i = tl.full([BLOCK_M], 1e30, dtype=tl.float32)  # -m; finite: inf - inf would be NaN
-    if TMEM:
-        l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    else:
+    if PARTS:
         l_i = tl.zeros([BLOCK_M, 8], dtype=tl.float32)
+    else:
+        l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     t_first = start_m + Tk - Tq
@@ -163,17 +163,17 @@ def _fwd_kernel(
         acc, n_i, l_i = _fwd_block(
             acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m, Tk, D,
             left, right, qk_scale, seed, bh, threshold,
-            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, TMEM,
+            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS,
         )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
         acc, n_i, l_i = _fwd_block(
             acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D,
             left, right, qk_scale, seed, bh, threshold,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, TMEM,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS,
         )  # fmt: skip
 
-    if not TMEM:
+    if PARTS:
         l_i = tl.sum(l_i, 1)
     some = l_i > 0.0  # a query that sees no key gives 0 and -inf
     l_i = tl.where(some, l_i, 1.0)

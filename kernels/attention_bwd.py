@@ -69,7 +69,7 @@ def _dkdv_block(
     dk, dv, k, v, q_ptr, do_ptr, nlse_ptr, ndelta_ptr, stride_qt, stride_dt, start_m, offs_n, shift,
     Tq, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     in_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -110,7 +110,7 @@ def _dkdv_kernel(
     stride_vh, stride_db, stride_dt, stride_dh,
     Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     heads = H // groups
     blocks = tl.cdiv(Tk, BLOCK_N)
@@ -145,14 +145,14 @@ def _dkdv_kernel(
             dk, dv = _dkdv_block(
                 dk, dv, k, v, q_head, do_head, nlse_ptr + row, ndelta_ptr + row, stride_qt,
                 stride_dt, m * BLOCK_M, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh,
-                threshold, keep_scale, BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, TMEM,
+                threshold, keep_scale, BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS,
             )  # fmt: skip
         for m in tl.range(m_first, m_last - (m_unfull - m_full)):
             start_m = tl.where(m < m_full, m, m + (m_unfull - m_full)) * BLOCK_M
             dk, dv = _dkdv_block(
                 dk, dv, k, v, q_head, do_head, nlse_ptr + row, ndelta_ptr + row, stride_qt,
                 stride_dt, start_m, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh,
-                threshold, keep_scale, BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, TMEM,
+                threshold, keep_scale, BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS,
             )  # fmt: skip
 
     mask = offs_n[:, None] < Tk
@@ -170,7 +170,7 @@ def _dq_block(
     dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left,
     right, qk_scale, seed, bh, threshold, keep_scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -187,11 +187,11 @@ def _dq_block(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         keep = kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold)
         dp = tl.where(keep, dp * keep_scale, 0.0) + ndelta[:, None]
-    elif TMEM:
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee") + ndelta[:, None]
-    else:  # the sum starts at -delta, which stays in registers
+    elif PARTS:  # the sum starts at -delta, which stays in registers
         dp = tl.broadcast_to(ndelta[:, None], s.shape)
         dp = tl.dot(do, tl.trans(v), dp, input_precision="ieee")
+    else:
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee") + ndelta[:, None]
     ds = p * dp
     return tl.dot(_narrow(ds, k.dtype, TRUNCATE), k, dq, input_precision="ieee")
 
@@ -203,7 +203,7 @@ def _dq_kernel(
     stride_vh, stride_db, stride_dt, stride_dh,
     Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, TMEM: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -236,14 +236,14 @@ def _dq_kernel(
         dq = _dq_block(
             dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m,
             Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
-            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, TMEM,
+            BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS,
         )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
         dq = _dq_block(
             dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m,
             Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, TMEM,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS,
         )  # fmt: skip
 
     mask = offs_m[:, None] < Tq

@@ -65,8 +65,8 @@ def chip() -> str:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
-        arch = str(target.arch)
-        return "gfx950" if arch == "gfx950" else "gfx9" if arch.startswith("gfx9") else "gfx11"
+        name = str(target.arch)
+        return "gfx950" if name == "gfx950" else "gfx9" if name.startswith("gfx9") else "gfx11"
     arch = int(target.arch)
     if arch in (80, 87):
         return "sm_80"
@@ -172,11 +172,14 @@ def attention_flags(dtype: torch.dtype) -> dict[str, bool]:
     """How the attention kernels suit the chip.
 
     TRUNCATE: no instruction rounds float32 to bfloat16, which takes six; dropping bits takes half
-    of one. TMEM: accumulators lie in tensor memory, and a thread holds a whole row.
+    of one. PARTS: a row is spread over threads, so that sums over it are kept in parts and a
+    product may start at a value. On sm_100 a thread has whole rows, and accumulators lie in tensor
+    memory; on gfx11 Triton cannot split the layout.
     """
     where = chip()
     rounds = where.startswith("sm_") or where in ("interpreter", "gfx950")
-    return {"TRUNCATE": dtype == torch.bfloat16 and not rounds, "TMEM": where == "sm_100"}
+    whole = where in ("sm_100", "gfx11")
+    return {"TRUNCATE": dtype == torch.bfloat16 and not rounds, "PARTS": not whole}
 
 
 def programs(x: Tensor, num_warps: int) -> int:

@@ -151,13 +151,13 @@ def test_kernel_matches_over_many_blocks(Tk: int, kwargs: dict[str, Any], device
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flag", ["TMEM"] if INTERPRET else ["TMEM", "TRUNCATE"])
+@pytest.mark.parametrize("flag", ["WHOLE"] if INTERPRET else ["WHOLE", "TRUNCATE"])
 def test_kernel_matches_as_other_chips_run_it(
     flag: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fastgpt.kernels.attention as kernels
 
-    flags = {"TRUNCATE": False, "TMEM": False, flag: True}
+    flags = {"TRUNCATE": flag == "TRUNCATE", "PARTS": flag != "WHOLE"}
     monkeypatch.setattr(kernels, "attention_flags", lambda dtype: flags)
     dtype = torch.bfloat16 if flag == "TRUNCATE" else torch.float16
     x = qkv(1, 37, 1, 16, dtype=dtype, device=device)

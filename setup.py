@@ -30,6 +30,7 @@ setup(
         "dev": [
             *TRAIN,
             *LAB,
+            "gguf>=0.19",  # GGUF files, and the test that loads one
             "hypothesis>=6.100",
             "liger-kernel>=0.8",  # a peer's kernels, for the lab
             "kernels>=0.17",  # beside which fastgpt.kernels must import

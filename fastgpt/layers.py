@@ -1,4 +1,5 @@
-"""The layers of a GPT, on the fused ops. Parameters keep the names GPT-2's checkpoints give them.
+"""The layers of a GPT, on the fused ops. Parameters keep the names GPT-2's checkpoints give them,
+the gated feed-forward's those of Llama's.
 
 The residual stream is never added to on its own: a block hands on its last branch beside the
 stream, and the next norm adds the one to the other on its way. LayerNorm and RMSNorm are drop-ins
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines of the positions at hand, (T, D / 2) each
 
 
 class LayerNorm(nn.LayerNorm):
@@ -79,6 +82,11 @@ class RMSNorm(nn.RMSNorm):
         return y.view(x.shape), h.view(x.shape)
 
 
+def new_norm(n_embd: int, bias: bool, eps: float, rms: bool) -> LayerNorm | RMSNorm:
+    """GPT-2's norm of the residual stream, or Llama's, which has no bias."""
+    return RMSNorm(n_embd, eps) if rms else LayerNorm(n_embd, eps, bias=bias)
+
+
 class KVCache:
     """Keys and values of the positions seen so far, for every layer, in room set aside at first.
 
@@ -118,53 +126,89 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal multi-head self-attention: c_proj(concat_h softmax(q_h k_h^T / sqrt(D)) v_h).
+    """Causal self-attention: c_proj(concat_h softmax(q_h k_g^T / sqrt(D)) v_g), g = h // (H / Hkv).
 
-    Position i weighs the positions j <= i; its weights are non-negative and sum to one.
+    Position i weighs the positions j <= i; its weights are non-negative and sum to one. c_attn
+    makes q, k and v of all heads at once, (H + 2 Hkv) D rows in that order.
 
     Args:
         n_embd: width C, n_head times the head dimension D.
         n_head: heads H.
         bias: whether the two linear layers have a bias.
         dropout: probability of dropping an attention weight, in training mode.
+        n_kv_head: heads Hkv of k and v, of which n_head is a multiple; n_head if None.
+        qk_norm: whether each head's q and k are divided by their root mean square and multiplied
+            by q_norm.weight and k_norm.weight, (D,), before they are turned; needs a turn.
+        norm_eps: of those norms.
     """
 
-    def __init__(self, n_embd: int, n_head: int, bias: bool = True, dropout: float = 0.0) -> None:
+    def __init__(
+        self, n_embd: int, n_head: int, bias: bool = True, dropout: float = 0.0, *,
+        n_kv_head: int | None = None, qk_norm: bool = False, norm_eps: float = 1e-6,
+    ) -> None:  # fmt: skip
         super().__init__()
+        kv = n_head if n_kv_head is None else n_kv_head
         if n_embd % n_head:
             raise ValueError(
                 f"CausalSelfAttention: n_embd must be a multiple of n_head; got {n_embd}, {n_head}"
             )
-        self.n_head, self.dropout = n_head, dropout
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias)
+        if kv < 1 or n_head % kv:
+            raise ValueError(
+                f"CausalSelfAttention: n_head must be a multiple of n_kv_head; got {n_head}, {kv}"
+            )
+        self.n_head, self.n_kv_head, self.dropout = n_head, kv, dropout
+        D = n_embd // n_head
+        self.c_attn = nn.Linear(n_embd, (n_head + 2 * kv) * D, bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias)
+        self.q_norm = RMSNorm(D, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(D, norm_eps) if qk_norm else None
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); with cache, x are the positions after those it holds."""
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, layer: int = 0, turn: Turn | None = None
+    ) -> Tensor:
+        """x: (B, T, C) -> (B, T, C).
+
+        Args:
+            x: (B, T, C).
+            cache: if given, x are the positions after those it holds, and join them.
+            layer: which one of the cache.
+            turn: cosines and sines of x's positions, for rotary embedding of q and k.
+        """
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.unbind(2)  # (B, T, H, D), views
+        H, kv = self.n_head, self.n_kv_head
+        qkv = self.c_attn(x).view(B, T, H + 2 * kv, C // H)
+        q, k, v = qkv.split([H, kv, kv], 2)  # (B, T, H, D), (B, T, Hkv, D) twice, views
+        if turn is not None and self.q_norm is not None and self.k_norm is not None:
+            q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            q, k = ops.rotary(q, k, *turn, q_weight=q_weight, k_weight=k_weight, eps=eps or 0.0)
+        elif turn is not None:
+            q, k = ops.rotary(q, k, *turn)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, Tk, H, D)
+            k, v = cache.extend(layer, k, v)  # (B, Tk, Hkv, D)
         o = ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         y: Tensor = self.c_proj(o.reshape(B, T, C))
         return y
 
 
 class MLP(nn.Module):
-    """The feed-forward: c_proj(act(c_fc(x))), four times as wide inside.
+    """The feed-forward: c_proj(act(c_fc(x))).
 
     Args:
         n_embd: width C.
         bias: whether the two linear layers have a bias.
         activation: "gelu_tanh", "gelu", "relu" or "silu".
+        n_inner: width inside; 4 n_embd if None.
     """
 
-    def __init__(self, n_embd: int, bias: bool = True, activation: str = "gelu_tanh") -> None:
+    def __init__(
+        self, n_embd: int, bias: bool = True, activation: str = "gelu_tanh",
+        n_inner: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.activation = activation
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias)
-        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias)
+        F = 4 * n_embd if n_inner is None else n_inner
+        self.c_fc = nn.Linear(n_embd, F, bias)
+        self.c_proj = nn.Linear(F, n_embd, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C) -> (..., C)."""
@@ -205,12 +249,15 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block: h += attn(ln_1(h)); h += mlp(ln_2(h)).
 
-    Both adds happen in a layer norm: that of the attention in ln_2, that of the feed-forward in
-    whatever norm comes after the block.
+    Both adds happen in a norm: that of the attention in ln_2, that of the feed-forward in whatever
+    norm comes after the block. A block is GPT-2's, or with gated=True Llama's: RMSNorm for
+    LayerNorm and GatedMLP for MLP.
 
     Args:
-        n_embd, n_head, bias, activation: see CausalSelfAttention and MLP.
+        n_embd, n_head, bias, n_kv_head, qk_norm: see CausalSelfAttention.
+        activation, n_inner: see MLP and GatedMLP; a gated block needs n_inner.
         dropout: of attention weights and of every branch before it is added, in training mode.
+        norm_eps: of all norms.
     """
 
     def __init__(
@@ -220,22 +267,38 @@ class Block(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         activation: str = "gelu_tanh",
+        *,
+        gated: bool = False,
+        n_kv_head: int | None = None,
+        n_inner: int | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        if gated and n_inner is None:
+            raise ValueError("Block: a gated block needs n_inner; got None")
         self.dropout = dropout
-        self.ln_1 = LayerNorm(n_embd, bias=bias)
-        self.attn = CausalSelfAttention(n_embd, n_head, bias, dropout)
-        self.ln_2 = LayerNorm(n_embd, bias=bias)
-        self.mlp = MLP(n_embd, bias, activation)
+        self.ln_1 = new_norm(n_embd, bias, norm_eps, gated)
+        self.attn = CausalSelfAttention(
+            n_embd, n_head, bias, dropout, n_kv_head=n_kv_head, qk_norm=qk_norm, norm_eps=norm_eps
+        )
+        self.ln_2 = new_norm(n_embd, bias, norm_eps, gated)
+        self.mlp: GatedMLP | MLP
+        if gated and n_inner is not None:
+            self.mlp = GatedMLP(n_embd, n_inner, bias, activation)
+        else:
+            self.mlp = MLP(n_embd, bias, activation, n_inner)
 
     def forward(
-        self, branch: Tensor | None, h: Tensor, cache: KVCache | None = None, layer: int = 0
-    ) -> tuple[Tensor, Tensor]:
+        self, branch: Tensor | None, h: Tensor, cache: KVCache | None = None, layer: int = 0,
+        turn: Turn | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Take a residual stream and a branch not yet added to it; return the next such pair.
 
         Args:
             branch: (B, T, C), the branch to add to h first, or None.
             h: (B, T, C), the residual stream.
+            cache, layer, turn: see CausalSelfAttention.
 
         Returns:
             The feed-forward's branch and the stream it is to be added to, both (B, T, C).
@@ -245,5 +308,5 @@ class Block(nn.Module):
             x = self.ln_1(h)
         else:
             x, h = self.ln_1(branch, h, p)
-        x, h = self.ln_2(self.attn(x, cache, layer), h, p)
+        x, h = self.ln_2(self.attn(x, cache, layer, turn), h, p)
         return self.mlp(x), h

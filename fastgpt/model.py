@@ -1,4 +1,4 @@
-"""GPT, a causal transformer language model, on the fused ops: configuration, model, counts.
+"""GPT, a causal transformer language model, on the fused ops: model, loss, counts.
 
     h_t = wte[idx_t] + wpe[t]                        token embedding plus position
     h   = h + attn(ln_1(h)); h = h + mlp(ln_2(h))    n_layer times
@@ -7,135 +7,58 @@
 attn is causal softmax attention: position t looks at the positions up to t, all at once, with
 weights that sum to one; nothing recurs from step to step. The output layer is the embedding wte.
 
+The variant "llama" has the same blocks on the same stream with other parts: no wpe, but rotary
+embedding of q and k in every attention; RMS norm; a gated feed-forward; no biases; and, where they
+are asked for, fewer heads of k and v, a norm of q and k, an output layer of its own.
+
 Radford et al., Language models are unsupervised multitask learners, 2019 (GPT-2); Brown et al.,
-Language models are few-shot learners, 2020, https://arxiv.org/abs/2005.14165 (GPT-3).
+Language models are few-shot learners, 2020, https://arxiv.org/abs/2005.14165 (GPT-3); Touvron et
+al., LLaMA, 2023, https://arxiv.org/abs/2302.13971; Ainslie et al., GQA, 2023,
+https://arxiv.org/abs/2305.13245 (grouped queries).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.layers import Block, KVCache, LayerNorm
-from fastgpt.ops.attention import MAX_HEAD_DIM
-from fastgpt.ops.ffn import ACTIVATIONS
+from fastgpt.config import PRESETS, GPTConfig
+from fastgpt.layers import Block, KVCache, Turn, new_norm
+from fastgpt.ops import rotary_table
 
+__all__ = ["GPT", "IGNORE", "PRESETS", "GPTConfig"]
 IGNORE = -100  # a target that takes no part in the loss, as in torch's cross_entropy
-
-# block_size, vocab_size, n_layer, n_head, n_embd. GPT-2: table 2 of its report, with the head
-# dimension 64 of its released weights. GPT-3: Brown et al., table 2.1, where n_embd must be
-# n_head times d_head and twice is not: 1.3B has 24 heads of 128 for a width of 2048 (16 here), and
-# 13B a width of 5140 for 40 heads of 128 (5120 here). GPT-3's alternating banded sparse attention
-# is dense here.
-_PRESETS: dict[str, tuple[int, int, int, int, int]] = {
-    "tiny": (256, 2048, 4, 4, 256),
-    "gpt2": (1024, 50257, 12, 12, 768),
-    "gpt2-medium": (1024, 50257, 24, 16, 1024),
-    "gpt2-large": (1024, 50257, 36, 20, 1280),
-    "gpt2-xl": (1024, 50257, 48, 25, 1600),
-    "gpt3-125m": (2048, 50257, 12, 12, 768),
-    "gpt3-350m": (2048, 50257, 24, 16, 1024),
-    "gpt3-760m": (2048, 50257, 24, 16, 1536),
-    "gpt3-1.3b": (2048, 50257, 24, 16, 2048),
-    "gpt3-2.7b": (2048, 50257, 32, 32, 2560),
-    "gpt3-6.7b": (2048, 50257, 32, 32, 4096),
-    "gpt3-13b": (2048, 50257, 40, 40, 5120),
-    "gpt3-175b": (2048, 50257, 96, 96, 12288),
-}
-PRESETS = tuple(_PRESETS)
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT; the defaults are GPT-2's smallest.
-
-    Attributes:
-        block_size: the longest context, in tokens.
-        vocab_size: ids are 0 .. vocab_size - 1.
-        n_layer: blocks.
-        n_head: attention heads of a block.
-        n_embd: width; n_embd / n_head is the head dimension, a multiple of 8, at most 256.
-        dropout: probability, in training mode, after the embedding, on attention weights and on
-            every branch.
-        bias: whether linear layers and layer norms have a bias.
-        activation: "gelu_tanh" (GPT-2's), "gelu" or "relu".
-    """
-
-    block_size: int = 1024
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-    activation: str = "gelu_tanh"
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"GPTConfig: {name} must be an int; got {value!r}")
-            if value < 1:
-                raise ValueError(f"GPTConfig: {name} must be at least 1; got {value}")
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                "GPTConfig: n_embd must be a multiple of n_head;"
-                f" got n_embd {self.n_embd}, n_head {self.n_head}"
-            )
-        if (D := self.n_embd // self.n_head) % 8 or D > MAX_HEAD_DIM:
-            raise ValueError(
-                f"GPTConfig: n_embd / n_head must be a multiple of 8, at most {MAX_HEAD_DIM};"
-                f" got {self.n_embd} / {self.n_head} = {D}"
-            )
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float):
-            raise TypeError(f"GPTConfig: dropout must be a number; got {self.dropout!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"GPTConfig: dropout must lie in [0, 1); got {self.dropout}")
-        if not isinstance(self.bias, bool):
-            raise TypeError(f"GPTConfig: bias must be True or False; got {self.bias!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"GPTConfig: activation must be one of {', '.join(ACTIVATIONS)};"
-                f" got {self.activation!r}"
-            )
-
-    @classmethod
-    def preset(cls, name: str) -> "GPTConfig":
-        """The shape of a known model: one of `PRESETS`, without dropout.
-
-        Raises:
-            ValueError: no preset has that name.
-        """
-        if name not in _PRESETS:
-            raise ValueError(
-                f"GPTConfig: the preset must be one of {', '.join(PRESETS)}; got {name!r}"
-            )
-        block_size, vocab_size, n_layer, n_head, n_embd = _PRESETS[name]
-        return cls(block_size, vocab_size, n_layer, n_head, n_embd)
 
 
 class GPT(nn.Module):
-    """A causal transformer language model with learned positions and a tied output layer.
+    """A causal transformer language model: GPT-2's shape, or with variant="llama" Llama's.
 
     Weights start as GPT-2's: normal with deviation 0.02, those that end a residual branch
-    0.02 / sqrt(2 n_layer); biases 0. The state_dict has GPT-2's names (wte, wpe, h.0.ln_1, ...,
-    ln_f) and no lm_head, which is wte; linear weights are (out, in).
+    0.02 / sqrt(2 n_layer); biases 0, norms 1. The state_dict has GPT-2's names (wte, wpe, h.0.ln_1,
+    ..., ln_f) and no lm_head unless config.tied is False; linear weights are (out, in). The variant
+    "llama" has h.0.mlp.gate_proj, up_proj and down_proj, with qk_norm h.0.attn.q_norm and k_norm,
+    and no wpe.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
-        C = config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, C)
-        self.wpe = nn.Embedding(config.block_size, C)
+        self.config = c = config
+        assert c.bias is not None and c.activation is not None  # __post_init__ has set them
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = None if c.llama else nn.Embedding(c.block_size, c.n_embd)
         self.h = nn.ModuleList(
-            Block(C, config.n_head, config.bias, config.dropout, config.activation)
-            for _ in range(config.n_layer)
-        )
-        self.ln_f = LayerNorm(C, bias=config.bias)
+            Block(
+                c.n_embd, c.n_head, c.bias, c.dropout, c.activation, gated=c.llama,
+                n_kv_head=c.kv_heads, n_inner=c.inner, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
+            )
+            for _ in range(c.n_layer)
+        )  # fmt: skip
+        self.ln_f = new_norm(c.n_embd, c.bias, c.norm_eps, c.llama)
+        self.lm_head = None if c.tied else nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        # No buffer: it stays float32 in a model of 16 bits, and is real in one built on "meta".
+        self._turns = rotary_table(c.block_size, c.head_dim, c.rope_theta) if c.llama else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -146,7 +69,7 @@ class GPT(nn.Module):
             elif p.ndim == 1:
                 nn.init.ones_(p)
             else:
-                branch_end = name.endswith("c_proj.weight")
+                branch_end = name.endswith(("c_proj.weight", "down_proj.weight"))
                 scale = (2 * self.config.n_layer) ** -0.5 if branch_end else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
 
@@ -170,22 +93,43 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         self._check(idx, start)
         T = idx.shape[1]
-        tokens = _embed(partial(self.wte, idx), "ids", idx, self.config.vocab_size)
-        positions = self.wpe.weight[start : start + T]
         p = self.config.dropout if self.training else 0.0
-        h = F.dropout(tokens + positions, p)  # (B, T, C)
+        h = self._embed(idx, start, p)  # (B, T, C)
+        turn = self._turn(start, T)
         branch: Tensor | None = None
         for layer, block in enumerate(self.h):
-            branch, h = block(branch, h, cache, layer)
+            branch, h = block(branch, h, cache, layer, turn)
         if cache is not None:
             cache.length += T
         y: Tensor
         y, _ = self.ln_f(branch, h, p)
         return y
 
+    def _embed(self, idx: Tensor, start: int, p: float) -> Tensor:
+        """Tokens, with learned positions from start on where the model has them: (B, T, C)."""
+        h = _look_up(partial(self.wte, idx), "ids", idx, self.config.vocab_size)
+        if self.wpe is not None:
+            h = h + self.wpe.weight[start : start + idx.shape[1]]
+        return F.dropout(h, p)
+
+    def _turn(self, start: int, T: int) -> Turn | None:
+        """Cosines and sines of T positions from start on, for rotary embedding."""
+        if self._turns is None:
+            return None
+        cos, sin = self._turns
+        if cos.device != self.wte.weight.device:
+            cos, sin = (t.to(self.wte.weight.device) for t in (cos, sin))
+            self._turns = cos, sin
+        return cos[start : start + T], sin[start : start + T]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Of the output layer, (vocab_size, n_embd): wte's where it is tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """The output layer: hidden wte^T, (..., n_embd) -> (..., vocab_size)."""
-        return F.linear(hidden, self.wte.weight)
+        """The output layer: hidden output_weight^T, (..., n_embd) -> (..., vocab_size)."""
+        return F.linear(hidden, self.output_weight)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Predict the token after each one: logits, or with targets the mean loss in nats.
@@ -216,7 +160,7 @@ class GPT(nn.Module):
             return logits
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = partial(F.cross_entropy, wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return _embed(loss, "targets", targets, self.config.vocab_size)
+        return _look_up(loss, "targets", targets, self.config.vocab_size)
 
     def _check(self, idx: Tensor, start: int) -> None:
         if idx.dtype not in (torch.int64, torch.int32):
@@ -234,7 +178,7 @@ class GPT(nn.Module):
         """An empty cache for batch_size rows of at most length (block_size) positions."""
         c, weight = self.config, self.wte.weight
         length = c.block_size if length is None else length
-        sizes = (c.n_layer, batch_size, length, c.n_head, c.n_embd // c.n_head)
+        sizes = (c.n_layer, batch_size, length, c.kv_heads, c.head_dim)
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
@@ -243,7 +187,7 @@ class GPT(nn.Module):
     def configure_optimizer(
         self, lr: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95)
     ) -> torch.optim.AdamW:
-        """Fused AdamW that decays matrices and embeddings, but no bias and no layer norm."""
+        """Fused AdamW that decays matrices and embeddings, but no bias and no norm."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
@@ -257,23 +201,27 @@ class GPT(nn.Module):
         Args:
             embeddings: if False, without the token and position embeddings.
         """
+        tables = [e.weight for e in (self.wte, self.wpe) if e is not None]
         n = sum(p.numel() for p in self.parameters())
-        return n if embeddings else n - self.wte.weight.numel() - self.wpe.weight.numel()
+        return n if embeddings else n - sum(w.numel() for w in tables)
 
     def flops(self, T: int, training: bool = False) -> int:
         """Floating-point operations of the matrix products over one sequence of T tokens.
 
-        A multiply-add is two. The weights take 2 T (12 n_layer C^2 + V C), attention, of which a
-        causal model needs T (T + 1) / 2 pairs, 2 n_layer C T (T + 1). Training takes three times
-        the forward pass: each product has two in its backward.
+        A multiply-add is two. Each weight of a linear layer takes 2 T, for GPT-2 in all
+        2 T (12 n_layer C^2 + V C), attention, of which a causal model needs T (T + 1) / 2 pairs,
+        2 n_layer C T (T + 1). Training takes three times the forward pass: each product has two in
+        its backward.
         """
         c = self.config
-        weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
+        attention = c.n_embd * (2 * c.n_head + 2 * c.kv_heads) * c.head_dim
+        feed_forward = (3 if c.llama else 2) * c.n_embd * c.inner
+        weights = c.n_layer * (attention + feed_forward) + c.vocab_size * c.n_embd
         forward = 2 * T * weights + 2 * c.n_layer * c.n_embd * T * (T + 1)
         return 3 * forward if training else forward
 
 
-def _embed(look_up: Callable[[], Tensor], name: str, ids: Tensor, vocab_size: int) -> Tensor:
+def _look_up(look_up: Callable[[], Tensor], name: str, ids: Tensor, vocab_size: int) -> Tensor:
     """look_up(), its IndexError said in this model's words."""
     try:
         return look_up()

@@ -1,6 +1,7 @@
 """The whole model on its kernels against the whole model on plain PyTorch."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.conftest import SANITIZED
 
 pytestmark = pytest.mark.gpu
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=32)
+LLAMA = GPTConfig(24, 31, 2, 4, 32, variant="llama", n_kv_head=2, n_inner=48, qk_norm=True)
 
 
 def step(model: GPT, idx: Tensor, path: str) -> dict[str, Tensor]:
@@ -23,9 +25,10 @@ def step(model: GPT, idx: Tensor, path: str) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_loss_and_gradients_match_by_parameter_name(bias: bool, device: str) -> None:
-    config = GPTConfig(24, 31, n_layer=2, n_head=2, n_embd=32, bias=bias)
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, bias=False), LLAMA], ids=["gpt2", "no bias", "llama"]
+)
+def test_loss_and_gradients_match_by_parameter_name(config: GPTConfig, device: str) -> None:
     model = GPT(config).to(device)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)  # away from the ones and zeros of the start
@@ -38,13 +41,23 @@ def test_loss_and_gradients_match_by_parameter_name(bias: bool, device: str) -> 
         assert err <= allowed, f"{name}: off by {err:.2e}, PyTorch allows {allowed:.2e}"
 
 
-def test_every_op_of_the_model_takes_its_kernel(device: str) -> None:
-    model = GPT(CONFIG).to(device).eval()
+@pytest.mark.parametrize(
+    "config, ops, calls",
+    [
+        (CONFIG, {"attention", "layer_norm", "ffn"}, 1 + 2 + 1),
+        (LLAMA, {"attention", "rms_norm", "ffn", "rotary"}, 1 + 2 + 1 + 1),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_every_op_of_the_model_takes_its_kernel(
+    config: GPTConfig, ops: set[str], calls: int, device: str
+) -> None:
+    model = GPT(config).to(device).eval()
     idx = torch.randint(31, (1, 5), device=device)
     heard = fastgpt.explain(model, idx)
-    assert {c.op for c in heard} == {"attention", "layer_norm", "ffn"}
+    assert {c.op for c in heard} == ops
     assert {c.path for c in heard} == {"triton"}
-    assert len(heard) == 2 * (1 + 2 + 1) + 1
+    assert len(heard) == 2 * calls + 1
 
 
 def test_trains_with_dropout_and_the_same_seed_gives_the_same_bits(device: str) -> None:
@@ -85,8 +98,9 @@ def test_mixed_precision(device: str) -> None:
         assert torch.allclose(p.grad, want[name], atol=2e-2), name
 
 
-def test_generates_the_same_text_as_the_reference(device: str) -> None:
-    model = GPT(CONFIG).to(device)
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_generates_the_same_text_as_the_reference(config: GPTConfig, device: str) -> None:
+    model = GPT(config).to(device)
     for p in model.parameters():
         p.data *= 3.0  # logits far apart: rounding decides nothing
     idx = torch.randint(31, (2, 4), device=device)

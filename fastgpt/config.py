@@ -1,0 +1,185 @@
+"""The shape of a GPT: one frozen dataclass, checked when made, and the shapes of known models."""
+
+from dataclasses import dataclass
+
+from fastgpt.ops.attention import MAX_HEAD_DIM
+from fastgpt.ops.ffn import ACTIVATIONS
+
+VARIANTS = ("gpt2", "llama")
+
+# block_size, vocab_size, n_layer, n_head, n_embd. GPT-2: table 2 of its report, with the head
+# dimension 64 of its released weights. GPT-3: Brown et al., table 2.1, where n_embd must be
+# n_head times d_head and twice is not: 1.3B has 24 heads of 128 for a width of 2048 (16 here), and
+# 13B a width of 5140 for 40 heads of 128 (5120 here). GPT-3's alternating banded sparse attention
+# is dense here.
+_PRESETS: dict[str, tuple[int, int, int, int, int]] = {
+    "tiny": (256, 2048, 4, 4, 256),
+    "gpt2": (1024, 50257, 12, 12, 768),
+    "gpt2-medium": (1024, 50257, 24, 16, 1024),
+    "gpt2-large": (1024, 50257, 36, 20, 1280),
+    "gpt2-xl": (1024, 50257, 48, 25, 1600),
+    "gpt3-125m": (2048, 50257, 12, 12, 768),
+    "gpt3-350m": (2048, 50257, 24, 16, 1024),
+    "gpt3-760m": (2048, 50257, 24, 16, 1536),
+    "gpt3-1.3b": (2048, 50257, 24, 16, 2048),
+    "gpt3-2.7b": (2048, 50257, 32, 32, 2560),
+    "gpt3-6.7b": (2048, 50257, 32, 32, 4096),
+    "gpt3-13b": (2048, 50257, 40, 40, 5120),
+    "gpt3-175b": (2048, 50257, 96, 96, 12288),
+}
+# The same; then n_kv_head, n_inner, rope_theta. SmolLM2: Ben Allal et al., 2025,
+# https://arxiv.org/abs/2502.02737.
+_LLAMA_PRESETS: dict[str, tuple[tuple[int, int, int, int, int], int, int, float]] = {
+    "tiny-llama": ((256, 2048, 4, 4, 256), 2, 704, 1e4),
+    "smollm2-135m": ((8192, 49152, 30, 9, 576), 3, 1536, 1e5),
+    "smollm2-360m": ((8192, 49152, 32, 15, 960), 5, 2560, 1e5),
+}
+PRESETS = (*_PRESETS, *_LLAMA_PRESETS)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT; the defaults are GPT-2's smallest.
+
+    Attributes:
+        block_size: the longest context, in tokens.
+        vocab_size: ids are 0 .. vocab_size - 1.
+        n_layer: blocks.
+        n_head: attention heads of a block.
+        n_embd: width; n_embd / n_head is the head dimension, a multiple of 8, at most 256.
+        dropout: probability, in training mode, after the embedding, on attention weights and on
+            every branch.
+        bias: whether linear layers and layer norms have a bias; if None as the variant has it,
+            True for "gpt2"; "llama" has none.
+        activation: "gelu_tanh", "gelu", "relu" or "silu"; if None as the variant has it,
+            "gelu_tanh" for "gpt2" and "silu" for "llama".
+        variant: "gpt2", or "llama": rotary positions, RMS norm and a gated feed-forward.
+        n_kv_head: heads of k and v, of which n_head is a multiple; n_head if None.
+        n_inner: width of the feed-forward inside; if None 4 n_embd, or for "llama" 8/3 n_embd,
+            rounded up to a multiple of 64.
+        norm_eps: added to variances and mean squares.
+        tied: whether the output layer is wte; if not, it has weights of its own, lm_head.
+        rope_theta: base of the frequencies of rotary embedding; "llama" only.
+        qk_norm: whether q and k of each head are RMS-normalised first; "llama" only.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool | None = None
+    activation: str | None = None
+    variant: str = "gpt2"
+    n_kv_head: int | None = None
+    n_inner: int | None = None
+    norm_eps: float = 1e-5
+    tied: bool = True
+    rope_theta: float = 1e4
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(
+                f"GPTConfig: variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}"
+            )
+        if self.bias is None:
+            object.__setattr__(self, "bias", not self.llama)
+        if self.activation is None:
+            object.__setattr__(self, "activation", "silu" if self.llama else "gelu_tanh")
+        self._check_numbers()
+        self._check_heads()
+        for name in ("bias", "tied", "qk_norm"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"GPTConfig: {name} must be True or False; got {value!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"GPTConfig: activation must be one of {', '.join(ACTIVATIONS)};"
+                f" got {self.activation!r}"
+            )
+        if self.llama and self.bias:
+            raise ValueError('GPTConfig: variant "llama" has no biases; got bias True')
+        if not self.llama and (self.qk_norm or self.rope_theta != 1e4):
+            name = "qk_norm" if self.qk_norm else "rope_theta"
+            raise ValueError(
+                f'GPTConfig: {name} is of variant "llama" only;'
+                f" got {name} {getattr(self, name)}, variant {self.variant!r}"
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head",
+                     "n_inner"):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("n_kv_head", "n_inner"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"GPTConfig: {name} must be an int; got {value!r}")
+            if value < 1:
+                raise ValueError(f"GPTConfig: {name} must be at least 1; got {value}")
+        for name in ("dropout", "norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"GPTConfig: {name} must be a number; got {value!r}")
+            if name != "dropout" and not value > 0.0:
+                raise ValueError(f"GPTConfig: {name} must be positive; got {value}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"GPTConfig: dropout must lie in [0, 1); got {self.dropout}")
+
+    def _check_heads(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                "GPTConfig: n_embd must be a multiple of n_head;"
+                f" got n_embd {self.n_embd}, n_head {self.n_head}"
+            )
+        if (D := self.head_dim) % 8 or D > MAX_HEAD_DIM:
+            raise ValueError(
+                f"GPTConfig: n_embd / n_head must be a multiple of 8, at most {MAX_HEAD_DIM};"
+                f" got {self.n_embd} / {self.n_head} = {D}"
+            )
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                "GPTConfig: n_head must be a multiple of n_kv_head;"
+                f" got n_head {self.n_head}, n_kv_head {self.n_kv_head}"
+            )
+
+    @property
+    def llama(self) -> bool:
+        """Whether the variant is "llama"."""
+        return self.variant == "llama"
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of k and v."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward inside."""
+        if self.n_inner is not None:
+            return self.n_inner
+        return -(-8 * self.n_embd // (3 * 64)) * 64 if self.llama else 4 * self.n_embd
+
+    @classmethod
+    def preset(cls, name: str) -> "GPTConfig":
+        """The shape of a known model: one of `PRESETS`, without dropout.
+
+        Raises:
+            ValueError: no preset has that name.
+        """
+        if name in _LLAMA_PRESETS:
+            shape, n_kv_head, n_inner, theta = _LLAMA_PRESETS[name]
+            return cls(
+                *shape, variant="llama", n_kv_head=n_kv_head, n_inner=n_inner, rope_theta=theta
+            )
+        if name not in _PRESETS:
+            raise ValueError(
+                f"GPTConfig: the preset must be one of {', '.join(PRESETS)}; got {name!r}"
+            )
+        block_size, vocab_size, n_layer, n_head, n_embd = _PRESETS[name]
+        return cls(block_size, vocab_size, n_layer, n_head, n_embd)

@@ -25,8 +25,8 @@ class AdamW(torch.optim.AdamW):
     parameters are float32. Without a kernel (on a CPU) it is torch's own fused step.
 
     Args:
-        params, lr, betas, eps, weight_decay: as torch.optim.AdamW takes them; lr may be a tensor
-            on the device, for CUDA graphs.
+        params, lr, betas, eps, weight_decay: as torch.optim.AdamW takes them, all parameters on
+            one device; lr may be a tensor there, for CUDA graphs.
         max_grad_norm: gradients are clipped to this global norm, as by clip_grad_norm_, which
             then need not be called.
         skip_nonfinite: a step whose gradients are not finite changes nothing; `skipped_steps`

@@ -50,7 +50,7 @@ def warmup(
 
     Raises:
         ValueError: there is no GPU and no target, or a number is out of range.
-        RuntimeError: a kernel does not compile.
+        triton.CompilationError: a kernel does not compile.
     """
     config = model if isinstance(model, GPTConfig) else model.config
     if dtype is None:
@@ -68,7 +68,7 @@ def warmup(
     device = "cpu" if target is not None else "cuda"
     traced = _steps(config, batch_size, T, dtype, autocast, training, generation, device)
     with _chip(target), _compiling(workers) as names:
-        _trace(traced)
+        _trace(traced, device)
     return sorted(names)
 
 
@@ -119,11 +119,11 @@ def _steps(
     return run
 
 
-def _trace(run: Callable[[], None]) -> None:
+def _trace(run: Callable[[], None], device: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-    with backend.rehearsal(), backend.use("triton"), FakeTensorMode(), _Launching(), device:
+    fake = (FakeTensorMode(), _Launching(), torch.device(device))
+    with backend.rehearsal(), backend.use("triton"), fake[0], fake[1], fake[2]:
         run()
 
 

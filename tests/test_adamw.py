@@ -396,6 +396,30 @@ def test_opcheck(low: bool) -> None:
     torch.library.opcheck(torch.ops.fastgpt.adamw_, args)
 
 
+def compiled_step_is_the_eager_one(path: str) -> None:
+    ours, theirs = (parameters(shapes=[(5, 7), (16,)]) for _ in range(2))
+    for params, compiled in ((ours, True), (theirs, False)):
+        optimizer = AdamW(params, lr=1e-2, max_grad_norm=1.0)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        torch.manual_seed(2)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            with fastgpt.use(path):
+                step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_compiled_step_is_the_eager_one() -> None:
+    compiled_step_is_the_eager_one("reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRET, reason="Dynamo cannot trace the stand-in of the sanitizer")
+def test_compiled_step_launches_the_kernel(device: str) -> None:
+    compiled_step_is_the_eager_one("triton")
+
+
 @pytest.mark.gpu
 def test_op_is_its_cpu_implementation(device: str) -> None:
     """The op's implementation without a kernel, which opcheck sees, agrees with the kernel."""

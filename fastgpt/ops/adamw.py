@@ -160,6 +160,20 @@ def _one(
         old.copy_(made if skip is None else torch.where(skip != 0, old, made))
 
 
+# torch.compile breaks the graph here, as it does for torch's own optimizer.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _fused(group: AdamWGroup, factor: Tensor | None, skip: Tensor | None) -> None:
+    torch._foreach_add_(group.steps, 1)
+    torch._fused_adamw_(  # type: ignore[call-overload]
+        group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, [], group.steps, lr=group.lr,
+        beta1=group.betas[0], beta2=group.betas[1], weight_decay=group.weight_decay, eps=group.eps,
+        amsgrad=False, maximize=False, grad_scale=None if factor is None else factor.reciprocal(),
+        found_inf=skip,
+    )  # fmt: skip
+    if skip is not None:
+        torch._foreach_sub_(group.steps, [skip] * len(group.steps))
+
+
 def _plain(
     groups: Sequence[AdamWGroup], control: Tensor, grad_scale: Tensor | None,
     found_inf: Tensor | None, max_grad_norm: float | None, skip_nonfinite: bool,
@@ -174,15 +188,7 @@ def _plain(
         if len({t.dtype for column in tensors for t in column}) == 1 and (
             seed is None or group.params[0].dtype != torch.bfloat16
         ):
-            torch._foreach_add_(group.steps, 1)
-            torch._fused_adamw_(  # type: ignore[call-overload]
-                *tensors, [], group.steps, lr=group.lr, beta1=group.betas[0],
-                beta2=group.betas[1], weight_decay=group.weight_decay, eps=group.eps,
-                amsgrad=False, maximize=False,
-                grad_scale=None if factor is None else factor.reciprocal(), found_inf=skip,
-            )  # fmt: skip
-            if skip is not None:
-                torch._foreach_sub_(group.steps, [skip] * len(group.steps))
+            _fused(group, factor, skip)
             if group.low:
                 torch._foreach_copy_(group.low, group.params)
         else:

@@ -182,6 +182,16 @@ def attention_flags(dtype: torch.dtype) -> dict[str, bool]:
     return {"TRUNCATE": dtype == torch.bfloat16 and not rounds, "PARTS": not whole}
 
 
+@tunable
+def dbias_tile(dtype: torch.dtype, block_d: int) -> Tile:
+    """Queries x keys of a tile of the gradient of attention's bias."""
+    if chip() == "interpreter":
+        return Tile(32, 16, 4, 1)
+    if dtype == torch.float32 or block_d > 128:
+        return Tile(32, 32, 4, 1)
+    return Tile(64, 64, 4, 1 if chip().startswith("gfx") else 2)
+
+
 def programs(x: Tensor, num_warps: int) -> int:
     """How many programs walk over rows side by side: enough for 16 warps on each multiprocessor."""
     if not x.is_cuda:

@@ -3,7 +3,12 @@
 import sys
 
 from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
-from fastgpt.ops.attention import attention, attention_ref
+from fastgpt.ops.attention import (
+    attention,
+    attention_ref,
+    attention_varlen,
+    attention_varlen_ref,
+)
 from fastgpt.ops.backend import Choice, explain, use
 from fastgpt.ops.cross_entropy import cross_entropy, cross_entropy_ref
 from fastgpt.ops.dropout import dropout_mask
@@ -22,6 +27,8 @@ __all__ = [
     "adamw_ref",
     "attention",
     "attention_ref",
+    "attention_varlen",
+    "attention_varlen_ref",
     "cross_entropy",
     "cross_entropy_ref",
     "dropout_mask",

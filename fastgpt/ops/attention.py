@@ -3,79 +3,23 @@
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
-from einops import einsum, reduce, repeat
 from torch import Tensor
 
 from fastgpt.ops import backend
-from fastgpt.ops.dropout import check_dropout, draw_seed, dropout_mask
+from fastgpt.ops.attention_reference import Extras, plain, reference, reference_bwd
+from fastgpt.ops.dropout import check_dropout, draw_seed
 from fastgpt.ops.library import define, fake, flops, impl
 
 MAX_HEAD_DIM = 256
 MAX_ROW_STRIDE = 2**23  # elements: a tile of 256 rows is addressed by int32 within itself
 
-
-def visible(Tq: int, Tk: int, left: int, right: int, device: torch.device) -> Tensor:
-    """(Tq, Tk) bool: query i sees key j if -left <= j - (i + Tk - Tq) <= right; -1 is no bound."""
-    d = torch.arange(Tk, device=device) - torch.arange(Tk - Tq, Tk, device=device)[:, None]
-    see = torch.ones_like(d, dtype=torch.bool)
-    if left >= 0:
-        see &= d >= -left
-    if right >= 0:
-        see &= d <= right
-    return see
+BIAS = 8 + Extras._fields.index("bias")  # its place among AttentionFunction's inputs
 
 
 def _bounds(causal: bool, window: int | None) -> tuple[int, int]:
     """How far a query sees to the left and to the right of its own position; -1 is no bound."""
     left = -1 if window is None else window - 1
     return left, (0 if causal else left)
-
-
-def _ref(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    groups = q.shape[2] // k.shape[2]
-    k, v = (repeat(t, "b t h d -> b t (h g) d", g=groups) for t in (k, v))
-    s = einsum(q, k, "b i h d, b j h d -> b h i j") * scale
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
-    see = visible(q.shape[1], k.shape[1], left, right, q.device)
-    some = see.any(-1, keepdim=True)  # (Tq, 1): a query before the first key sees nothing
-    s = s.masked_fill(~see & some, float("-inf"))
-    w = s.softmax(-1) * some
-    if p > 0.0:
-        seed = draw_seed(q.device) if seed is None else seed
-        w = w * dropout_mask(seed, tuple(w.shape), p) / (1.0 - p)
-    o = einsum(w.to(v.dtype), v, "b h i j, b j h d -> b i h d")
-    return o, s.logsumexp(-1).masked_fill(~some[:, 0], float("-inf"))
-
-
-def _ref_bwd(
-    do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
-    scale: float, left: int, right: int, p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradient of _ref written out, as ops below autograd need it: the kernels' formulas."""
-    g = q.shape[2] // k.shape[2]
-    wide = lse.dtype
-    qw, kw, vw = q.to(wide), *(repeat(t.to(wide), "b t h d -> b t (h g) d", g=g) for t in (k, v))
-    s = einsum(qw, kw, "b i h d, b j h d -> b h i j") * scale
-    see = visible(q.shape[1], k.shape[1], left, right, q.device)
-    w = torch.where(see, torch.exp(s - lse[..., None]), 0.0)
-    dow = torch.zeros_like(qw) if do is None else do.to(wide)
-    dw = einsum(dow, vw, "b i h d, b j h d -> b h i j")
-    kept = w
-    if p > 0.0 and seed is not None:
-        keep = dropout_mask(seed, tuple(w.shape), p) / (1.0 - p)
-        kept, dw = w * keep, dw * keep
-    delta = (w * dw).sum(-1, keepdim=True)
-    ds = w * (dw - delta if dlse is None else dw - delta + dlse.to(wide)[..., None]) * scale
-    dq = einsum(ds, kw, "b h i j, b j h d -> b i h d")
-    dk = reduce(einsum(ds, qw, "b h i j, b i h d -> b j h d"), "b j (h g) d -> b j h d", "sum", g=g)
-    dv = reduce(
-        einsum(kept, dow, "b h i j, b i h d -> b j h d"), "b j (h g) d -> b j h d", "sum", g=g
-    )
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
 def attention_ref(
@@ -87,65 +31,84 @@ def attention_ref(
     softmax_scale: float | None = None,
     window: int | None = None,
     dropout_p: float = 0.0,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
     return_lse: bool = False,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The specification of `attention`, with the T x T matrix that the kernels never make."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    o, lse = _ref(q, k, v, scale, *_bounds(causal, window), dropout_p, seed)
+    extras = Extras(softcap or 0.0, alibi_slopes, bias, key_mask, document_ids)
+    o, lse = reference(q, k, v, scale, *_bounds(causal, window), dropout_p, seed, extras)
     return (o, lse) if return_lse else o
 
 
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, p: float,
-    seed: Tensor | None, return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Plain PyTorch: its own fused attention where that has the same meaning."""
-    Tq, Tk = q.shape[1], k.shape[1]
-    bounded = left >= 0 or right >= 0
-    # torch fills hidden scores with -inf before it scales them: NaN unless the scale is positive.
-    unlike = (Tq > Tk and bounded) or scale <= 0.0 or q.numel() == 0 or k.numel() == 0
-    if return_lse or unlike or (p > 0.0 and seed is not None):
-        return _ref(q, k, v, scale, left, right, p, seed)
-    causal = left < 0 and right == 0 and Tq == Tk
-    mask = None
-    if bounded and not causal and not (Tq == 1 and left < 0):
-        mask = visible(Tq, Tk, left, right, q.device)
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+def attention_varlen_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The specification of `attention_varlen`: attention of the padded batch."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    extras = Extras(
+        softcap or 0.0, alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max(1, max_seqlen_q), max_seqlen_k=max(1, max_seqlen_k),
     )  # fmt: skip
-    return o.transpose(1, 2), None
+    o, lse = reference(
+        q[None], k[None], v[None], scale, *_bounds(causal, window), dropout_p, seed, extras
+    )
+    return (o[0], lse[0]) if return_lse else o[0]
 
 
+_EXTRAS = (
+    "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? bias=None, Tensor? key_mask=None,"
+    " Tensor? document_ids=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,"
+    " SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+)
 define(
     "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, int left, int right, float dropout_p,"
-    " Tensor? seed) -> (Tensor, Tensor)"
+    f" Tensor? seed, {_EXTRAS}) -> (Tensor, Tensor)"
 )
 define(
     "attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
-    " float scale, int left, int right, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)"
+    f" float scale, int left, int right, float dropout_p, Tensor? seed, {_EXTRAS},"
+    " bool bias_grad=False) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @impl("attention_fwd")
 def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, dropout_p: float,
-    seed: Tensor | None,
+    seed: Tensor | None, *extras: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if backend.runs_kernel(q):
         from fastgpt.kernels.attention import attention_fwd
 
-        return attention_fwd(q, k, v, scale, left, right, dropout_p, seed)
-    o, lse = _ref(q, k, v, scale, left, right, dropout_p, seed)
-    return o.contiguous(), lse
+        return attention_fwd(q, k, v, scale, left, right, dropout_p, seed, *extras)
+    o, lse = reference(q, k, v, scale, left, right, dropout_p, seed, Extras(*extras))
+    return o.contiguous(), lse.contiguous()
 
 
 @fake("attention_fwd")
 def _(
     q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, dropout_p: float,
-    seed: Tensor | None,
+    seed: Tensor | None, *extras: Any, **named: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, T, H, _ = q.shape
     lse = torch.promote_types(q.dtype, torch.float32)
@@ -156,118 +119,244 @@ def _(
 def _attention_bwd(
     do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     scale: float, left: int, right: int, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
+    key_mask: Tensor | None = None, document_ids: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0, bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dq, dk, dv, dbias (empty unless bias_grad)."""
+    extras = Extras(
+        softcap, alibi_slopes, bias, key_mask, document_ids, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
     if backend.runs_kernel(q):
         from fastgpt.kernels.attention_bwd import attention_bwd
 
-        return attention_bwd(do, dlse, q, k, v, o, lse, scale, left, right, dropout_p, seed)
-    return _ref_bwd(do, dlse, q, k, v, lse, scale, left, right, dropout_p, seed)
+        return attention_bwd(
+            do, dlse, q, k, v, o, lse, scale, left, right, dropout_p, seed, *extras, bias_grad
+        )
+    grads = reference_bwd(do, dlse, q, k, v, lse, scale, left, right, dropout_p, seed, extras)
+    return grads if bias_grad else (*grads[:3], (q if bias is None else bias).new_empty(0))
 
 
 @fake("attention_bwd")
 def _(
     do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     scale: float, left: int, right: int, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    softcap: float = 0.0, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
+    key_mask: Tensor | None = None, document_ids: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0, bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = q if bias is None else bias
+    dbias = like.new_empty(like.shape if bias_grad else 0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _before(x: int, n: int) -> int:
+    """The sum of min(max(y, 0), n) over all y < x."""
+    inside = min(max(x, 0), n)
+    return inside * (inside - 1) // 2 + n * max(0, x - n)
 
 
 def attention_flops(
     q: tuple[int, ...], k: tuple[int, ...], left: int, right: int, matmuls: int
 ) -> int:
-    """Multiply-adds count twice; only (query, key) pairs that see each other count."""
+    """Multiply-adds count twice; only (query, key) pairs that see each other count.
+
+    key_mask and document_ids, which are data, are not looked at.
+    """
     B, Tq, H, D = q
     Tk = k[1]
-    pairs = 0
-    for i in range(Tk - Tq, Tk):
-        last = Tk - 1 if right < 0 else min(Tk - 1, i + right)
-        first = 0 if left < 0 else max(0, i - left)
-        pairs += max(0, last - first + 1)
-    return matmuls * 2 * B * H * D * pairs
+    # A query at t sees the keys below t + right + 1 but for those below t - left.
+    first = Tk - Tq
+    upto = Tq * Tk if right < 0 else _before(Tk + right + 1, Tk) - _before(first + right + 1, Tk)
+    below = 0 if left < 0 else _before(Tk - left, Tk) - _before(first - left, Tk)
+    return matmuls * 2 * B * H * D * (upto - below)
+
+
+def _flops(q: Any, k: Any, left: int, right: int, matmuls: int, extras: tuple[Any, ...]) -> int:
+    """Sequences end to end count as if all were equally long: their lengths are data."""
+    cu_seqlens = Extras(*extras[: len(Extras._fields)]).cu_seqlens_q
+    if cu_seqlens is not None:
+        B = max(1, cu_seqlens[0] - 1)  # type: ignore[operator]
+        q, k = ((B, -(-t[1] // B), *t[2:]) for t in (q, k))
+    return attention_flops(q, k, left, right, matmuls)
 
 
 @flops("attention_fwd")
-def _(q: Any, k: Any, v: Any, scale: float, left: int, right: int, *_: Any, **__: Any) -> int:
-    return attention_flops(q, k, left, right, 2)
+def _(
+    q: Any, k: Any, v: Any, scale: float, left: int, right: int, dropout_p: float, seed: Any,
+    *extras: Any, **_: Any,
+) -> int:  # fmt: skip
+    return _flops(q, k, left, right, 2, extras)
 
 
 @flops("attention_bwd")
 def _(
     do: Any, dlse: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, scale: float, left: int,
-    right: int, *_: Any, **__: Any,
+    right: int, dropout_p: float, seed: Any, *extras: Any, **_: Any,
 ) -> int:  # fmt: skip
-    return attention_flops(q, k, left, right, 5)
+    return _flops(q, k, left, right, 5, extras)
 
 
 class AttentionFunction(torch.autograd.Function):
-    """(q, k, v, ...) -> (o, lse); both carry gradient."""
+    """(q, k, v, ..., extras) -> (o, lse); both carry gradient, as does the bias of the extras."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int,
-        dropout_p: float, seed: Tensor | None,
+        dropout_p: float, seed: Tensor | None, *extras: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        o, lse = torch.ops.fastgpt.attention_fwd(q, k, v, scale, left, right, dropout_p, seed)
-        ctx.save_for_backward(q, k, v, o, lse, seed)
+        o, lse = torch.ops.fastgpt.attention_fwd(
+            q, k, v, scale, left, right, dropout_p, seed, *extras
+        )
+        x = Extras(*extras)
+        ctx.save_for_backward(q, k, v, o, lse, seed, *x[1:7])
         ctx.set_materialize_grads(False)
         ctx.rest = (scale, left, right, dropout_p)
+        ctx.sizes = (x.softcap, x.max_seqlen_q, x.max_seqlen_k)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, o, lse, seed = ctx.saved_tensors
+        q, k, v, o, lse, seed, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         if do is None and dlse is None:
-            return (None,) * 8
+            return (None,) * len(needs)
         scale, left, right, dropout_p = ctx.rest
+        x = Extras(ctx.sizes[0], *tensors, *ctx.sizes[1:])
+        bias_grad = len(needs) > BIAS and needs[BIAS]
+        grads: tuple[Tensor | None, ...]
         if backend.double_backward():
-            dq, dk, dv = backend.differentiable_grads(
-                lambda q, k, v: _ref(q, k, v, scale, left, right, dropout_p, seed),
-                (q, k, v), ctx.needs_input_grad[:3], (do, dlse),
+            grads = backend.differentiable_grads(
+                lambda q, k, v, bias: reference(
+                    q, k, v, scale, left, right, dropout_p, seed, x._replace(bias=bias)
+                ),
+                (q, k, v, x.bias), (*needs[:3], bias_grad), (do, dlse),
             )  # fmt: skip
         else:
-            dq, dk, dv = torch.ops.fastgpt.attention_bwd(do, dlse, q, k, v, o, lse, *ctx.rest, seed)
-        return dq, dk, dv, None, None, None, None, None
+            grads = torch.ops.fastgpt.attention_bwd(
+                do, dlse, q, k, v, o, lse, *ctx.rest, seed, *x, bias_grad
+            )
+        dbias = grads[3] if bias_grad else None
+        return (*grads[:3], *(dbias if n == BIAS else None for n in range(3, len(needs))))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
-    got = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"attention: q, k and v must be (B, T, H, D); {got}")
+def _said(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None,
+    alibi_slopes: Tensor | None, batch: int,
+) -> None:  # fmt: skip
+    """The rules that attention and attention_varlen share; q, k and v end in (T, H, D)."""
     if k.shape != v.shape:
-        raise ValueError(f"attention: k and v must have one shape; {got}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q, k and v must agree in B and D; {got}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: H of q must be a multiple of H of k and v; {got}")
-    if not 8 <= q.shape[3] <= MAX_HEAD_DIM or q.shape[3] % 8:
-        raise ValueError(
-            f"attention: D must be a multiple of 8 from 8 to {MAX_HEAD_DIM}; got {q.shape[3]}"
-        )
+        raise ValueError(f"{op}: k and v must have one shape; {_said(q, k, v)}")
+    H, D = q.shape[-2:]
+    if k.shape[-2] == 0 or H % k.shape[-2]:
+        raise ValueError(f"{op}: H of q must be a multiple of H of k and v; {_said(q, k, v)}")
+    if not 8 <= D <= MAX_HEAD_DIM or D % 8:
+        raise ValueError(f"{op}: D must be a multiple of 8 from 8 to {MAX_HEAD_DIM}; got {D}")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise TypeError(
-            "attention: q, k and v must have one floating dtype;"
-            f" got {q.dtype}, {k.dtype}, {v.dtype}"
+            f"{op}: q, k and v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if not q.device == k.device == v.device:
         raise ValueError(
-            f"attention: q, k and v must be on one device; got {q.device}, {k.device}, {v.device}"
+            f"{op}: q, k and v must be on one device; got {q.device}, {k.device}, {v.device}"
         )
     if window is not None and window < 1:
-        raise ValueError(f"attention: window must be at least 1 key; got {window}")
+        raise ValueError(f"{op}: window must be at least 1 key; got {window}")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be positive and finite; got {softcap}")
+    if alibi_slopes is not None:
+        if alibi_slopes.dtype != torch.float32:
+            raise TypeError(f"{op}: alibi_slopes must be float32; got {alibi_slopes.dtype}")
+        if alibi_slopes.shape not in ((H,), (batch, H)):
+            raise ValueError(
+                f"{op}: alibi_slopes must be (H,) or (B, H) with B = {batch}, H = {H};"
+                f" got {tuple(alibi_slopes.shape)}"
+            )
 
 
-def _obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+def _check_hiding(
+    q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> None:  # fmt: skip
+    B, Tq, H, _ = q.shape
+    Tk = k.shape[1]
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise TypeError(f"attention: bias must have a floating dtype; got {bias.dtype}")
+        fits = bias.ndim == 4 and bias.shape[3] == Tk
+        if not fits or any(
+            n not in (1, full) for n, full in zip(bias.shape, (B, H, Tq), strict=False)
+        ):
+            raise ValueError(
+                f"attention: bias must be (B or 1, H or 1, Tq or 1, Tk), here of ({B}, {H}, {Tq},"
+                f" {Tk}); got {tuple(bias.shape)}"
+            )
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"attention: key_mask must be bool; got {key_mask.dtype}")
+        if key_mask.shape != (B, Tk):
+            raise ValueError(
+                f"attention: key_mask must be (B, Tk) = ({B}, {Tk}); got {tuple(key_mask.shape)}"
+            )
+    if document_ids is not None:
+        if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
+            raise TypeError(f"attention: document_ids must be integers; got {document_ids.dtype}")
+        if document_ids.shape != (B, Tk) or Tq > Tk:
+            raise ValueError(
+                f"attention: document_ids must be (B, Tk) = ({B}, {Tk}), with Tq = {Tq} no more"
+                f" than Tk; got {tuple(document_ids.shape)}"
+            )
+
+
+def _check_devices(op: str, q: Tensor, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{op}: {name} must be on q's device {q.device}; got {t.device}")
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float, x: Extras) -> str | None:
     if scale <= 0.0:
         return f"the kernel takes a positive softmax_scale; got {scale}"
     if (stride := max(t.stride(1) for t in (q, k, v))) > MAX_ROW_STRIDE:
         return f"the kernel takes strides along T up to {MAX_ROW_STRIDE} elements; got {stride}"
+    if x.bias is not None and x.bias.dtype not in backend.KERNEL_DTYPES:
+        return f"the kernel takes a float32, float16 or bfloat16 bias; got {x.bias.dtype}"
+    if x.alibi_slopes is not None and x.alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "the kernel gives alibi_slopes no gradient"
     return None
+
+
+def _run(
+    op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: tuple[int, int],
+    dropout_p: float, seed: Tensor | None, return_lse: bool, x: Extras,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Kernel or plain PyTorch -> o, lse; lse may be None unless return_lse."""
+    q, k, v = backend.autocast(q, k, v)
+    if backend.kernel_chosen(op, q, _obstacle(q, k, v, scale, x)):
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(q.device)
+        # A plain call passes none of them: what is not passed costs no time.
+        extras = x if x.softcap or any(t is not None for t in x[1:7]) else ()
+        o: Tensor
+        lse: Tensor
+        o, lse = AttentionFunction.apply(q, k, v, scale, *bounds, dropout_p, seed, *extras)
+        return o, lse
+    return plain(q, k, v, scale, *bounds, dropout_p, seed, return_lse, x)
 
 
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
-    window: int | None = ..., dropout_p: float = ..., return_lse: Literal[False] = False,
+    window: int | None = ..., dropout_p: float = ..., softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ..., bias: Tensor | None = ..., key_mask: Tensor | None = ...,
+    document_ids: Tensor | None = ..., return_lse: Literal[False] = False,
     seed: Tensor | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -275,8 +364,9 @@ def attention(
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., softmax_scale: float | None = ...,
-    window: int | None = ..., dropout_p: float = ..., return_lse: Literal[True],
-    seed: Tensor | None = ...,
+    window: int | None = ..., dropout_p: float = ..., softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ..., bias: Tensor | None = ..., key_mask: Tensor | None = ...,
+    document_ids: Tensor | None = ..., return_lse: Literal[True], seed: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -289,6 +379,11 @@ def attention(
     softmax_scale: float | None = None,
     window: int | None = None,
     dropout_p: float = 0.0,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
     return_lse: bool = False,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -308,6 +403,18 @@ def attention(
         window: if given, a query sees only the window nearest keys on each side, its own position
             included: j > i + Tk - Tq - window, and j < i + Tk - Tq + window if not causal.
         dropout_p: probability in [0, 1) of dropping a weight; the others are divided by 1 - p.
+        softcap: if given, a score s becomes softcap * tanh(s / softcap) (Gemma Team, Gemma 2,
+            2024, https://arxiv.org/abs/2408.00118, section 2), before anything is added to it.
+        alibi_slopes: (H,) or (B, H) float32; adds -slope * |i + Tk - Tq - j| to a score (Press et
+            al., Train short, test long, 2021, https://arxiv.org/abs/2108.12409). The kernel gives
+            them no gradient; where they ask for one, the reference runs.
+        bias: (B or 1, H or 1, Tq or 1, Tk) of any floating dtype and strides, added to the scores;
+            -inf hides a key. It gets a gradient, of its own shape, for two products more.
+        key_mask: (B, Tk) bool, True where a key may be seen. What is in the others, NaN too,
+            reaches neither output nor gradients.
+        document_ids: (B, Tk) integers, in any order; a query sees only keys of its own document.
+            Query i is at position i + Tk - Tq, so Tq <= Tk. Blocks of keys are skipped by the
+            least and greatest id of each 64 positions.
         return_lse: also return the log-sum-exp.
         seed: one int64 on q's device that fixes the dropout mask (see `dropout_mask`); drawn from
             torch's generator if None.
@@ -317,23 +424,121 @@ def attention(
         log of sum_j exp(softmax_scale * q_i . k_j), which carries gradient too.
 
     Raises:
-        ValueError: shapes, D, device, window or dropout_p outside these rules.
-        TypeError: dtypes differ or are not floating.
+        ValueError: shapes, D, device, window, softcap or dropout_p outside these rules.
+        TypeError: a dtype outside these rules.
 
     Dao, FlashAttention-2, 2023, https://arxiv.org/abs/2307.08691, algorithms 1 and 2; the formula
     is Vaswani et al., Attention is all you need, 2017, https://arxiv.org/abs/1706.03762, eq. 1.
     """
-    _check(q, k, v, window)
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"attention: q, k and v must be (B, T, H, D); {_said(q, k, v)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: q, k and v must agree in B and D; {_said(q, k, v)}")
+    _check("attention", q, k, v, window, softcap, alibi_slopes, q.shape[0])
+    _check_hiding(q, k, bias, key_mask, document_ids)
+    _check_devices(
+        "attention", q, alibi_slopes=alibi_slopes, bias=bias, key_mask=key_mask,
+        document_ids=document_ids,
+    )  # fmt: skip
     check_dropout("attention", dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    left, right = _bounds(causal, window)
-    q, k, v = backend.autocast(q, k, v)
-    o: Tensor
-    lse: Tensor | None
-    if backend.kernel_chosen("attention", q, _obstacle(q, k, v, scale)):
-        if dropout_p > 0.0 and seed is None:
-            seed = draw_seed(q.device)
-        o, lse = AttentionFunction.apply(q, k, v, scale, left, right, dropout_p, seed)
-    else:
-        o, lse = _plain(q, k, v, scale, left, right, dropout_p, seed, return_lse)
+    extras = Extras(float(softcap or 0.0), alibi_slopes, bias, key_mask, document_ids)
+    o, lse = _run(
+        "attention", q, k, v, scale, _bounds(causal, window), dropout_p, seed, return_lse, extras
+    )
     return (o, lse) if return_lse and lse is not None else o
+
+
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = ..., softmax_scale: float | None = ...,
+    window: int | None = ..., dropout_p: float = ..., softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: Literal[False] = False,
+    seed: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = ..., softmax_scale: float | None = ...,
+    window: int | None = ..., dropout_p: float = ..., softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ..., return_lse: Literal[True], seed: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of B sequences of any lengths that lie end to end, each by itself.
+
+    Sequence b has the queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 and the keys
+    cu_seqlens_k[b] .. cu_seqlens_k[b + 1] - 1; either may be none. Lengths are read on the device
+    alone, so the rules about what is in cu_seqlens are the caller's to keep.
+
+    Args:
+        q: (total_q, H, D) in float32, float16 or bfloat16, as in `attention`.
+        k, v: (total_k, Hkv, D).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 or int64, from 0 to total_q and to total_k, not
+            decreasing.
+        max_seqlen_q, max_seqlen_k: the most queries and keys of a sequence, or more. Rows of a
+            sequence beyond them are not computed and hold anything.
+        causal, softmax_scale, window, dropout_p, softcap, alibi_slopes, seed: as in `attention`,
+            with a sequence's own number of queries and of keys for Tq and Tk.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        o: (total_q, H, D) of q's dtype. With return_lse also lse: (H, total_q) float32.
+
+    Raises:
+        ValueError: shapes, D, device, window, softcap, max_seqlen or dropout_p outside these rules.
+        TypeError: a dtype outside these rules.
+
+    Dao, FlashAttention-2, 2023, https://arxiv.org/abs/2307.08691.
+    """
+    op = "attention_varlen"
+    if not q.ndim == k.ndim == v.ndim == 3:
+        raise ValueError(f"{op}: q, k and v must be (total, H, D); {_said(q, k, v)}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"{op}: q, k and v must agree in D; {_said(q, k, v)}")
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name} must be int32 or int64; got {cu.dtype}")
+        if cu.ndim != 1 or cu.shape[0] < 1 or cu.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"{op}: cu_seqlens_q and cu_seqlens_k must both be (B + 1,);"
+                f" got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+            )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest < 0:
+            raise ValueError(f"{op}: {name} must not be negative; got {longest}")
+    _check(op, q, k, v, window, softcap, alibi_slopes, cu_seqlens_q.shape[0] - 1)
+    _check_devices(
+        op, q, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
+    check_dropout(op, dropout_p, seed)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    extras = Extras(
+        float(softcap or 0.0), alibi_slopes,
+        cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
+        max_seqlen_q=max(1, max_seqlen_q), max_seqlen_k=max(1, max_seqlen_k),
+    )  # fmt: skip
+    bounds = _bounds(causal, window)
+    o, lse = _run(op, q[None], k[None], v[None], scale, bounds, dropout_p, seed, return_lse, extras)
+    return (o[0], lse[0]) if return_lse and lse is not None else o[0]

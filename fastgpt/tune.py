@@ -160,7 +160,12 @@ def _tune_op(
     from fastgpt.kernels import tuned
 
     torch.manual_seed(0)
-    judge = _Judge(task, sizes, dtype, device)
+    try:
+        judge = _Judge(task, sizes, dtype, device)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"tune: {name} and its float64 reference must fit the GPU's memory; give smaller sizes"
+        ) from None
     with tuned.measured({}), tuned.listening() as heard:
         judge.run()
     best: dict[Key, Any] = {}

@@ -165,11 +165,13 @@ def _write(
 
 
 @triton.jit
-def _zero(dz_ptr, at_dz, V, BLOCK: tl.constexpr):
-    for start in tl.range(0, V, BLOCK):
+def _zero(dz_ptr, row, stride, V, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    at, aligned, wide, edge_cols, keep = _places(row, stride, V, VEC)
+    zero = tl.zeros([BLOCK], dtype=dz_ptr.dtype.element_ty)
+    for start in tl.range(0, wide, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        zero = tl.zeros([BLOCK], dtype=dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + at_dz + cols, zero, mask=cols < V)
+        tl.store(dz_ptr + aligned + cols, zero, mask=cols < wide)
+    tl.store(dz_ptr + at + edge_cols, tl.zeros_like(edge_cols).to(zero.dtype), mask=keep)
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
@@ -209,11 +211,11 @@ def _bwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
-    at_dz = row.to(tl.int64) * stride_dz
     if target == ignore_index:
-        _zero(dz_ptr, at_dz, V, BLOCK)
+        _zero(dz_ptr, row, stride_dz, V, BLOCK, VEC)
     else:
         at, aligned, wide, edge_cols, keep = _places(row, stride_z, V, VEC)
+        at_dz = row.to(tl.int64) * stride_dz
         w = tl.load(w_ptr + row.to(tl.int64) * stride_w)
         k = tl.load(stat_ptr + row)
         s = tl.load(stat_ptr + M.to(tl.int64) + row)
@@ -238,7 +240,7 @@ def _both_kernel(
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
     if target == ignore_index:
-        _zero(z_ptr, row.to(tl.int64) * stride_z, V, BLOCK)
+        _zero(z_ptr, row, stride_z, V, BLOCK, VEC)
         tl.store(loss_ptr + row, 0.0)
     else:
         at, aligned, wide, edge_cols, keep = _places(row, stride_z, V, VEC)
@@ -306,7 +308,7 @@ def cross_entropy_both(logits: Tensor, target: Tensor, how: How, losses: Tensor)
     M, V = logits.shape
     if M > 0:
         with on_device(logits):
-            tile = cross_entropy_tile(V, logits.element_size())
+            tile = cross_entropy_tile(V, logits.element_size(), twice=True)
             _both_kernel[(M,)](
                 logits, target, losses, logits.stride(0), V, *how, BLOCK=tile.block_n,
                 LANES=tile.lanes, VEC=tile.vec, **_flags(how), **tile.options,

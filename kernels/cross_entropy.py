@@ -41,7 +41,7 @@ LOWEST = tl.constexpr(-1e38)  # below any logit; its product with log2(e) is sti
 
 @triton.jit
 def _places(row, stride, V, VEC: tl.constexpr):
-    """Where the row and its first whole piece begin, the columns in pieces, and the others."""
+    """Where the row and its first piece begin, how many columns are in pieces, and the others."""
     at = row.to(tl.int64) * stride
     aligned = (at + (VEC - 1)) // VEC * VEC
     head = tl.minimum(aligned - at, V).to(tl.int32)
@@ -137,14 +137,20 @@ def _grad(u, k, f, flat, cap, SMOOTH: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def _write(
-    z_ptr, dz_ptr, at, aligned, wide, at_dz, tail, edge, edge_cols, keep, target, u_t, k, s, w, V,
-    smoothing, z_loss, cap, BLOCK: tl.constexpr, SAME: tl.constexpr, SMOOTH: tl.constexpr,
-    Z_LOSS: tl.constexpr, CAP: tl.constexpr,
+    z_ptr, dz_ptr, at, aligned, wide, at_dz, tail, edge, edge_cols, keep, target, ok, counts, u_t,
+    k, s, w, V, smoothing, z_loss, cap, BLOCK: tl.constexpr, SAME: tl.constexpr,
+    SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row, from its last block back, then its edges, then its target's column."""
+    """The gradient of a row, from its last block back, then its edges, then its target's column.
+
+    Of an ignored row nothing is read: its logits are taken to be 0, and so are k, f and w.
+    """
     f = w / s
     if Z_LOSS:
         f *= tl.fma(2.0 * LN2 * z_loss, k + tl.math.log2(s), 1.0)
+    k = tl.where(counts, k, 0.0)
+    f = tl.where(counts, f, 0.0)
+    w = tl.where(counts, w, 0.0)
     flat = w * smoothing / V
     dtype = dz_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK)
@@ -154,24 +160,28 @@ def _write(
     tl.store(dz_ptr + dz_wide + full + cols, d.to(dtype), mask=full + cols < wide)
     for i in tl.range(0, full, BLOCK):
         start = full - BLOCK - i
-        u = tl.load(z_ptr + aligned + start + cols, eviction_policy="evict_first")
+        u = tl.load(
+            z_ptr + aligned + start + cols, mask=counts, other=0.0, eviction_policy="evict_first"
+        )
         d = _grad(u, k, f, flat, cap, SMOOTH, CAP)
         tl.store(dz_ptr + dz_wide + start + cols, d.to(dtype))
     d = _grad(edge, k, f, flat, cap, SMOOTH, CAP)
     tl.store(dz_ptr + at_dz + edge_cols, d.to(dtype), mask=keep)
     d = _grad(u_t, k, f, flat + w * (1.0 - smoothing), cap, True, CAP)
     tl.debug_barrier()  # the store below comes after the one above of the same element
-    tl.store(dz_ptr + at_dz + target, d.to(dtype), mask=(target >= 0) & (target < V))
+    tl.store(dz_ptr + at_dz + target, d.to(dtype), mask=ok)
 
 
 @triton.jit
-def _zero(dz_ptr, row, stride, V, BLOCK: tl.constexpr, VEC: tl.constexpr):
+def _begin(z_ptr, row, stride, V, target, counts, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Places of a row, its last block, its edges and its target's logit, unless it is ignored."""
     at, aligned, wide, edge_cols, keep = _places(row, stride, V, VEC)
-    zero = tl.zeros([BLOCK], dtype=dz_ptr.dtype.element_ty)
-    for start in tl.range(0, wide, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        tl.store(dz_ptr + aligned + cols, zero, mask=cols < wide)
-    tl.store(dz_ptr + at + edge_cols, tl.zeros_like(edge_cols).to(zero.dtype), mask=keep)
+    cols = wide // BLOCK * BLOCK + tl.arange(0, BLOCK)
+    tail = tl.load(z_ptr + aligned + cols, mask=counts & (cols < wide), other=0.0)
+    edge = tl.load(z_ptr + at + edge_cols, mask=counts & keep, other=0.0)
+    ok = counts & (target >= 0) & (target < V)
+    u_t = tl.load(z_ptr + at + target, mask=ok, other=0.0)
+    return at, aligned, wide, edge_cols, keep, tail, edge, ok, u_t
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
@@ -182,23 +192,18 @@ def _fwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
-    loss = 0.0
-    k = 0.0
-    s = 1.0
-    if target != ignore_index:
-        at, aligned, wide, edge_cols, keep = _places(row, stride_z, V, VEC)
-        ok = (target >= 0) & (target < V)
-        u_t = tl.load(z_ptr + at + target, mask=ok, other=float("nan"))
-        cols = wide // BLOCK * BLOCK + tl.arange(0, BLOCK)
-        tail = tl.load(z_ptr + aligned + cols, mask=cols < wide, other=0.0)
-        edge = tl.load(z_ptr + at + edge_cols, mask=keep, other=0.0)
-        k, s, sum_z = _statistics(
-            z_ptr, aligned, wide, tail, edge, keep, cap, BLOCK, LANES, VEC, SMOOTH, CAP
-        )
-        s = tl.where(ok, s, float("nan"))
-        z_t = _capped(u_t, cap, CAP)
-        loss = _loss(z_t, k, s, sum_z, V, smoothing, z_loss, SMOOTH, Z_LOSS)
-    tl.store(loss_ptr + row, loss)
+    counts = target != ignore_index
+    _, aligned, wide, _, keep, tail, edge, ok, u_t = _begin(
+        z_ptr, row, stride_z, V, target, counts, BLOCK, VEC
+    )
+    k, s, sum_z = _statistics(
+        z_ptr, aligned, tl.where(counts, wide, 0), tail, edge, keep, cap, BLOCK, LANES, VEC,
+        SMOOTH, CAP,
+    )  # fmt: skip
+    s = tl.where(ok, s, float("nan"))
+    z_t = _capped(u_t, cap, CAP)
+    loss = _loss(z_t, k, s, sum_z, V, smoothing, z_loss, SMOOTH, Z_LOSS)
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
     tl.store(stat_ptr + row, k)
     tl.store(stat_ptr + M.to(tl.int64) + row, s)
 
@@ -211,23 +216,18 @@ def _bwd_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
-    if target == ignore_index:
-        _zero(dz_ptr, row, stride_dz, V, BLOCK, VEC)
-    else:
-        at, aligned, wide, edge_cols, keep = _places(row, stride_z, V, VEC)
-        at_dz = row.to(tl.int64) * stride_dz
-        w = tl.load(w_ptr + row.to(tl.int64) * stride_w)
-        k = tl.load(stat_ptr + row)
-        s = tl.load(stat_ptr + M.to(tl.int64) + row)
-        ok = (target >= 0) & (target < V)
-        u_t = tl.load(z_ptr + at + target, mask=ok, other=0.0)
-        cols = wide // BLOCK * BLOCK + tl.arange(0, BLOCK)
-        tail = tl.load(z_ptr + aligned + cols, mask=cols < wide, other=0.0)
-        edge = tl.load(z_ptr + at + edge_cols, mask=keep, other=0.0)
-        _write(
-            z_ptr, dz_ptr, at, aligned, wide, at_dz, tail, edge, edge_cols, keep, target, u_t, k,
-            s, w, V, smoothing, z_loss, cap, BLOCK, SAME, SMOOTH, Z_LOSS, CAP,
-        )  # fmt: skip
+    counts = target != ignore_index
+    at, aligned, wide, edge_cols, keep, tail, edge, ok, u_t = _begin(
+        z_ptr, row, stride_z, V, target, counts, BLOCK, VEC
+    )
+    w = tl.load(w_ptr + row.to(tl.int64) * stride_w)
+    k = tl.load(stat_ptr + row)
+    s = tl.load(stat_ptr + M.to(tl.int64) + row)
+    _write(
+        z_ptr, dz_ptr, at, aligned, wide, row.to(tl.int64) * stride_dz, tail, edge, edge_cols,
+        keep, target, ok, counts, u_t, k, s, w, V, smoothing, z_loss, cap, BLOCK, SAME, SMOOTH,
+        Z_LOSS, CAP,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -239,27 +239,22 @@ def _both_kernel(
     """The logits of a row become their gradients, for an incoming gradient of 1."""
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
-    if target == ignore_index:
-        _zero(z_ptr, row, stride_z, V, BLOCK, VEC)
-        tl.store(loss_ptr + row, 0.0)
-    else:
-        at, aligned, wide, edge_cols, keep = _places(row, stride_z, V, VEC)
-        ok = (target >= 0) & (target < V)
-        u_t = tl.load(z_ptr + at + target, mask=ok, other=float("nan"))
-        cols = wide // BLOCK * BLOCK + tl.arange(0, BLOCK)
-        tail = tl.load(z_ptr + aligned + cols, mask=cols < wide, other=0.0)
-        edge = tl.load(z_ptr + at + edge_cols, mask=keep, other=0.0)
-        k, s, sum_z = _statistics(
-            z_ptr, aligned, wide, tail, edge, keep, cap, BLOCK, LANES, VEC, SMOOTH, CAP
-        )
-        s = tl.where(ok, s, float("nan"))
-        z_t = _capped(u_t, cap, CAP)
-        loss = _loss(z_t, k, s, sum_z, V, smoothing, z_loss, SMOOTH, Z_LOSS)
-        tl.store(loss_ptr + row, loss)
-        _write(
-            z_ptr, z_ptr, at, aligned, wide, at, tail, edge, edge_cols, keep, target, u_t, k, s,
-            1.0, V, smoothing, z_loss, cap, BLOCK, True, SMOOTH, Z_LOSS, CAP,
-        )  # fmt: skip
+    counts = target != ignore_index
+    at, aligned, wide, edge_cols, keep, tail, edge, ok, u_t = _begin(
+        z_ptr, row, stride_z, V, target, counts, BLOCK, VEC
+    )
+    k, s, sum_z = _statistics(
+        z_ptr, aligned, tl.where(counts, wide, 0), tail, edge, keep, cap, BLOCK, LANES, VEC,
+        SMOOTH, CAP,
+    )  # fmt: skip
+    s = tl.where(ok, s, float("nan"))
+    z_t = _capped(u_t, cap, CAP)
+    loss = _loss(z_t, k, s, sum_z, V, smoothing, z_loss, SMOOTH, Z_LOSS)
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
+    _write(
+        z_ptr, z_ptr, at, aligned, wide, at, tail, edge, edge_cols, keep, target, ok, counts, u_t,
+        k, s, 1.0, V, smoothing, z_loss, cap, BLOCK, True, SMOOTH, Z_LOSS, CAP,
+    )  # fmt: skip
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -308,8 +303,9 @@ def cross_entropy_both(logits: Tensor, target: Tensor, how: How, losses: Tensor)
     M, V = logits.shape
     if M > 0:
         with on_device(logits):
-            tile = cross_entropy_tile(V, logits.element_size(), twice=True)
+            flags = _flags(how)
+            tile = cross_entropy_tile(V, logits.element_size(), True, any(flags.values()))
             _both_kernel[(M,)](
                 logits, target, losses, logits.stride(0), V, *how, BLOCK=tile.block_n,
-                LANES=tile.lanes, VEC=tile.vec, **_flags(how), **tile.options,
+                LANES=tile.lanes, VEC=tile.vec, **flags, **tile.options,
             )  # fmt: skip

@@ -282,18 +282,21 @@ class LossTile(Tile):
 
 
 @tunable
-def cross_entropy_tile(V: int, itemsize: int, twice: bool = False) -> LossTile:
-    """Of one row of V logits, 16 to a lane and block: a row wider than the block is walked over.
+def cross_entropy_tile(
+    V: int, itemsize: int, twice: bool = False, options: bool = False
+) -> LossTile:
+    """Of one row of V logits, 32 bytes to a lane and block; a wider row than that is walked over.
 
     The fewer lanes share a row, the less of their work is beginning and end. But a row that is
     read twice, 100 KB of GPT-2's, should still be in L2 the second time, and so should those of
     all programs beside it: on A100 and H100 (40 and 50 MB) no more than about three on each
     multiprocessor, so that 16 warps share one; B200 has 126 MB, and the fewest cycles to spare.
+    With smoothing, z-loss or a softcap a lane needs more than the 64 registers that 16 warps leave.
     """
     vec = 16 // itemsize
     if chip() == "interpreter":
         return LossTile(1, 8 * vec, 1, 1, 4, vec)
     warp = 64 if chip() == "gfx9" else 32
-    most = (256 if chip() == "sm_100" else 512) if twice else 128
-    lanes = min(most, max(warp, triton.next_power_of_2(V) // 16))
-    return LossTile(1, 16 * lanes, lanes // warp, 1, lanes, vec)
+    most = (256 if options or chip() == "sm_100" else 512) if twice else 128
+    lanes = min(most, max(warp, triton.next_power_of_2(V) // (2 * vec)))
+    return LossTile(1, 2 * vec * lanes, lanes // warp, 1, lanes, vec)

@@ -129,7 +129,7 @@ class AdamW(torch.optim.AdamW):
             weight_decay=group["weight_decay"],
         )  # fmt: skip
         for p in group["params"]:
-            copy = self.copies.get(p)
+            copy = self.copies.get(p) if self.copies else None
             grad = p.grad if p.grad is not None or copy is None else copy.grad
             if grad is None:
                 continue

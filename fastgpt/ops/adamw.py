@@ -201,6 +201,49 @@ def _plain(
         seen += len(group.params)
 
 
+def _fits(group: AdamWGroup, x: Tensor) -> bool:
+    """Whether a group's tensors are what they must be, asked in few words a tensor."""
+    params, low, steps = group.params, group.low, group.steps
+    columns = (group.grads, group.exp_avgs, group.exp_avg_sqs, *([low] if low else []))
+    shapes = [p.shape for p in params]
+    if any([t.shape for t in column] != shapes for column in columns):
+        return False
+    kinds = {(t.device, t.dtype, t.layout) for c in (params, steps, *columns) for t in c}
+    return (
+        len(steps) == len(params)
+        and all(step.numel() == 1 for step in steps)
+        and all(d == x.device and l == torch.strided for d, _, l in kinds)
+        and all(dtype.is_floating_point for _, dtype, _ in kinds)
+    )
+
+
+def _say_what_does_not_fit(group: AdamWGroup, x: Tensor) -> None:
+    many = len(group.params)
+    for name in ("grads", "exp_avgs", "exp_avg_sqs", "steps", "low"):
+        column = getattr(group, name)
+        if len(column) != many and not (name == "low" and not column):
+            raise ValueError(
+                f"adamw: there must be one of {name} for each of params;"
+                f" got {len(column)} for {many}"
+            )
+        for p, t in zip(group.params, column, strict=False):
+            if t.numel() != 1 if name == "steps" else t.shape != p.shape:
+                want = "(), one number" if name == "steps" else f"{tuple(p.shape)}, as params"
+                raise ValueError(f"adamw: {name} must be {want}; got {tuple(t.shape)}")
+            if t.device != x.device or p.device != x.device:
+                raise ValueError(
+                    "adamw: all tensors must be on one device;"
+                    f" got params {p.device}, {name} {t.device}, the first {x.device}"
+                )
+            if t.layout != torch.strided:
+                raise ValueError(f"adamw: {name} must be dense tensors; got {t.layout}")
+            if not t.dtype.is_floating_point or not p.dtype.is_floating_point:
+                raise TypeError(
+                    "adamw: all tensors must have a floating dtype;"
+                    f" got params {p.dtype}, {name} {t.dtype}"
+                )
+
+
 def _check(
     groups: Sequence[AdamWGroup], control: Tensor, seed: Tensor | None, max_grad_norm: float | None
 ) -> None:
@@ -208,30 +251,8 @@ def _check(
     if len({bool(group.low) for group in groups}) > 1:
         raise ValueError("adamw: low must be given for all groups or for none; got some")
     for group in groups:
-        many = len(group.params)
-        for name in ("grads", "exp_avgs", "exp_avg_sqs", "steps", "low"):
-            column = getattr(group, name)
-            if len(column) != many and not (name == "low" and not column):
-                raise ValueError(
-                    f"adamw: there must be one of {name} for each of params;"
-                    f" got {len(column)} for {many}"
-                )
-            for p, t in zip(group.params, column, strict=False):
-                if t.numel() != 1 if name == "steps" else t.shape != p.shape:
-                    want = "(), one number" if name == "steps" else f"{tuple(p.shape)}, as params"
-                    raise ValueError(f"adamw: {name} must be {want}; got {tuple(t.shape)}")
-                if t.device != x.device or p.device != x.device:
-                    raise ValueError(
-                        "adamw: all tensors must be on one device;"
-                        f" got params {p.device}, {name} {t.device}, the first {x.device}"
-                    )
-                if t.layout != torch.strided:
-                    raise ValueError(f"adamw: {name} must be dense tensors; got {t.layout}")
-                if not t.dtype.is_floating_point or not p.dtype.is_floating_point:
-                    raise TypeError(
-                        "adamw: all tensors must have a floating dtype;"
-                        f" got params {p.dtype}, {name} {t.dtype}"
-                    )
+        if not _fits(group, x):
+            _say_what_does_not_fit(group, x)
         if bad := [beta for beta in group.betas if not 0.0 <= beta < 1.0]:
             raise ValueError(f"adamw: betas must lie in [0, 1); got {bad[0]}")
         for name in ("lr", "eps", "weight_decay"):

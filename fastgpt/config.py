@@ -1,6 +1,6 @@
 """The shape of a GPT: one frozen dataclass, checked when made, and the shapes of known models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastgpt.ops.attention import MAX_HEAD_DIM
 from fastgpt.ops.ffn import ACTIVATIONS
@@ -61,6 +61,11 @@ class GPTConfig:
         tied: whether the output layer is wte; if not, it has weights of its own, lm_head.
         rope_theta: base of the frequencies of rotary embedding; "llama" only.
         qk_norm: whether q and k of each head are RMS-normalised first; "llama" only.
+        recompute: what the kernels make again in backward rather than keep. 0: nothing. 1: the
+            activation, which costs no matrix product. 2: the norms and the first product of the
+            feed-forward too, 2 n_embd n_inner operations a token and layer (twice that if gated),
+            a twelfth to an eighth of a training step's. It is no part of the shape: models that
+            differ in it alone are equal.
     """
 
     block_size: int = 1024
@@ -78,6 +83,7 @@ class GPTConfig:
     tied: bool = True
     rope_theta: float = 1e4
     qk_norm: bool = False
+    recompute: int = field(default=1, compare=False)
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -98,6 +104,8 @@ class GPTConfig:
                 f"GPTConfig: activation must be one of {', '.join(ACTIVATIONS)};"
                 f" got {self.activation!r}"
             )
+        if self.recompute not in (0, 1, 2) or isinstance(self.recompute, bool):
+            raise ValueError(f"GPTConfig: recompute must be 0, 1 or 2; got {self.recompute!r}")
         if self.llama and self.bias:
             raise ValueError('GPTConfig: variant "llama" has no biases; got bias True')
         if not self.llama and (self.qk_norm or self.rope_theta != 1e4):

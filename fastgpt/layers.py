@@ -6,6 +6,11 @@ stream, and the next norm adds the one to the other on its way. LayerNorm and RM
 for torch's nn.LayerNorm and nn.RMSNorm.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +92,38 @@ def new_norm(n_embd: int, bias: bool, eps: float, rms: bool) -> LayerNorm | RMSN
     return RMSNorm(n_embd, eps) if rms else LayerNorm(n_embd, eps, bias=bias)
 
 
+@contextmanager
+def made_again(x: Tensor, make: Callable[[], Any] | None) -> Iterator[None]:
+    """Inside, autograd keeps nothing of x for backward, which gets it from make() instead.
+
+    Nothing happens if make is None, in a graph that is compiled, whose compiler decides what is
+    kept, and under the transforms of torch.func, which know no such hooks.
+    """
+    if (
+        make is None
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        yield
+        return
+    home, dtype = x.untyped_storage()._cdata, x.dtype
+
+    def pack(t: Tensor) -> Any:
+        if t.untyped_storage()._cdata != home or t.dtype != dtype:
+            return t
+        return t.shape, t.stride(), t.storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            made: Tensor = make().to(dtype)
+        return made.as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
 class KVCache:
     """Keys and values of the positions seen so far, for every layer, in room set aside at first.
 
@@ -164,8 +201,9 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = RMSNorm(D, norm_eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, cache: KVCache | None = None, layer: int = 0, turn: Turn | None = None
-    ) -> Tensor:
+        self, x: Tensor, cache: KVCache | None = None, layer: int = 0, turn: Turn | None = None,
+        again: Callable[[], Any] | None = None,
+    ) -> Tensor:  # fmt: skip
         """x: (B, T, C) -> (B, T, C).
 
         Args:
@@ -173,10 +211,12 @@ class CausalSelfAttention(nn.Module):
             cache: if given, x are the positions after those it holds, and join them.
             layer: which one of the cache.
             turn: cosines and sines of x's positions, for rotary embedding of q and k.
+            again: makes x, so that it need not be kept for backward.
         """
         B, T, C = x.shape
         H, kv = self.n_head, self.n_kv_head
-        qkv = self.c_attn(x).view(B, T, H + 2 * kv, C // H)
+        with made_again(x, again):
+            qkv = self.c_attn(x).view(B, T, H + 2 * kv, C // H)
         q, k, v = qkv.split([H, kv, kv], 2)  # (B, T, H, D), (B, T, Hkv, D) twice, views
         if turn is not None and self.q_norm is not None and self.k_norm is not None:
             q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
@@ -198,14 +238,15 @@ class MLP(nn.Module):
         bias: whether the two linear layers have a bias.
         activation: "gelu_tanh", "gelu", "relu" or "silu".
         n_inner: width inside; 4 n_embd if None.
+        recompute: what is made again in backward, see `ops.ffn`.
     """
 
     def __init__(
         self, n_embd: int, bias: bool = True, activation: str = "gelu_tanh",
-        n_inner: int | None = None,
+        n_inner: int | None = None, recompute: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.activation = activation
+        self.activation, self.recompute = activation, recompute
         F = 4 * n_embd if n_inner is None else n_inner
         self.c_fc = nn.Linear(n_embd, F, bias)
         self.c_proj = nn.Linear(F, n_embd, bias)
@@ -213,7 +254,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C) -> (..., C)."""
         up, down = self.c_fc, self.c_proj
-        return ops.ffn(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation)
+        return ops.ffn(
+            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation,
+            recompute=self.recompute,
+        )  # fmt: skip
 
 
 class GatedMLP(nn.Module):
@@ -226,13 +270,15 @@ class GatedMLP(nn.Module):
         n_inner: width F inside.
         bias: whether the three linear layers have a bias.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" (ReGLU).
+        recompute: what is made again in backward, see `ops.ffn`.
     """
 
     def __init__(
-        self, n_embd: int, n_inner: int, bias: bool = False, activation: str = "silu"
-    ) -> None:
+        self, n_embd: int, n_inner: int, bias: bool = False, activation: str = "silu",
+        recompute: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.activation = activation
+        self.activation, self.recompute = activation, recompute
         self.gate_proj = nn.Linear(n_embd, n_inner, bias)
         self.up_proj = nn.Linear(n_embd, n_inner, bias)
         self.down_proj = nn.Linear(n_inner, n_embd, bias)
@@ -242,7 +288,7 @@ class GatedMLP(nn.Module):
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         return ops.ffn(
             x, up.weight, up.bias, down.weight, down.bias, activation=self.activation,
-            w_gate=gate.weight, b_gate=gate.bias,
+            w_gate=gate.weight, b_gate=gate.bias, recompute=self.recompute,
         )  # fmt: skip
 
 
@@ -258,6 +304,7 @@ class Block(nn.Module):
         activation, n_inner: see MLP and GatedMLP; a gated block needs n_inner.
         dropout: of attention weights and of every branch before it is added, in training mode.
         norm_eps: of all norms.
+        recompute: as in MLP; at level 2 the norms' outputs are made again too.
     """
 
     def __init__(
@@ -273,11 +320,12 @@ class Block(nn.Module):
         n_inner: int | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
+        recompute: int = 1,
     ) -> None:
         super().__init__()
         if gated and n_inner is None:
             raise ValueError("Block: a gated block needs n_inner; got None")
-        self.dropout = dropout
+        self.dropout, self.recompute = dropout, recompute
         self.ln_1 = new_norm(n_embd, bias, norm_eps, gated)
         self.attn = CausalSelfAttention(
             n_embd, n_head, bias, dropout, n_kv_head=n_kv_head, qk_norm=qk_norm, norm_eps=norm_eps
@@ -285,9 +333,9 @@ class Block(nn.Module):
         self.ln_2 = new_norm(n_embd, bias, norm_eps, gated)
         self.mlp: GatedMLP | MLP
         if gated and n_inner is not None:
-            self.mlp = GatedMLP(n_embd, n_inner, bias, activation)
+            self.mlp = GatedMLP(n_embd, n_inner, bias, activation, recompute)
         else:
-            self.mlp = MLP(n_embd, bias, activation, n_inner)
+            self.mlp = MLP(n_embd, bias, activation, n_inner, recompute)
 
     def forward(
         self, branch: Tensor | None, h: Tensor, cache: KVCache | None = None, layer: int = 0,
@@ -308,5 +356,11 @@ class Block(nn.Module):
             x = self.ln_1(h)
         else:
             x, h = self.ln_1(branch, h, p)
-        x, h = self.ln_2(self.attn(x, cache, layer, turn), h, p)
-        return self.mlp(x), h
+        branch = self.attn(x, cache, layer, turn, self._again(self.ln_1, h))
+        x, h = self.ln_2(branch, h, p)
+        with made_again(x, self._again(self.ln_2, h)):
+            return self.mlp(x), h
+
+    def _again(self, norm: nn.Module, h: Tensor) -> Callable[[], Any] | None:
+        """What makes norm(h) in backward, if that is asked for."""
+        return partial(norm, h.detach()) if self.recompute == 2 else None

@@ -17,16 +17,16 @@ al., LLaMA, 2023, https://arxiv.org/abs/2302.13971; Ainslie et al., GQA, 2023,
 https://arxiv.org/abs/2305.13245 (grouped queries).
 """
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt import ops
 from fastgpt.config import PRESETS, GPTConfig
 from fastgpt.layers import Block, KVCache, Turn, new_norm
-from fastgpt.ops import rotary_table
+from fastgpt.optim import AdamW
 
 __all__ = ["GPT", "IGNORE", "PRESETS", "GPTConfig"]
 IGNORE = -100  # a target that takes no part in the loss, as in torch's cross_entropy
@@ -52,13 +52,14 @@ class GPT(nn.Module):
             Block(
                 c.n_embd, c.n_head, c.bias, c.dropout, c.activation, gated=c.llama,
                 n_kv_head=c.kv_heads, n_inner=c.inner, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
+                recompute=c.recompute,
             )
             for _ in range(c.n_layer)
         )  # fmt: skip
         self.ln_f = new_norm(c.n_embd, c.bias, c.norm_eps, c.llama)
         self.lm_head = None if c.tied else nn.Linear(c.n_embd, c.vocab_size, bias=False)
         # No buffer: it stays float32 in a model of 16 bits, and is real in one built on "meta".
-        self._turns = rotary_table(c.block_size, c.head_dim, c.rope_theta) if c.llama else None
+        self._turns = ops.rotary_table(c.block_size, c.head_dim, c.rope_theta) if c.llama else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,10 +108,15 @@ class GPT(nn.Module):
 
     def _embed(self, idx: Tensor, start: int, p: float) -> Tensor:
         """Tokens, with learned positions from start on where the model has them: (B, T, C)."""
-        h = _look_up(partial(self.wte, idx), "ids", idx, self.config.vocab_size)
-        if self.wpe is not None:
-            h = h + self.wpe.weight[start : start + idx.shape[1]]
-        return F.dropout(h, p)
+        wpe, start = (None, 0) if self.wpe is None else (self.wpe.weight, start)
+        try:
+            return ops.embedding(idx, self.wte.weight, wpe, start=start, dropout_p=p)
+        except IndexError:
+            low, high = int(idx.min()), int(idx.max())
+            raise ValueError(
+                f"GPT: ids must lie in the vocabulary, 0 to {self.config.vocab_size - 1};"
+                f" got {low if low < 0 else high}"
+            ) from None
 
     def _turn(self, start: int, T: int) -> Turn | None:
         """Cosines and sines of T positions from start on, for rotary embedding."""
@@ -155,12 +161,10 @@ class GPT(nn.Module):
                 )
             if targets.dtype != torch.int64:
                 raise TypeError(f"GPT: targets must be int64; got {targets.dtype}")
-        logits = self.logits(self.hidden(idx))
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = partial(F.cross_entropy, wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return _look_up(loss, "targets", targets, self.config.vocab_size)
+            return self.logits(hidden)
+        return ops.linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=IGNORE)
 
     def _check(self, idx: Tensor, start: int) -> None:
         if idx.dtype not in (torch.int64, torch.int32):
@@ -185,15 +189,21 @@ class GPT(nn.Module):
         return KVCache(*sizes, device=weight.device, dtype=dtype)
 
     def configure_optimizer(
-        self, lr: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95)
-    ) -> torch.optim.AdamW:
-        """Fused AdamW that decays matrices and embeddings, but no bias and no norm."""
+        self, lr: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
+        **options: Any,
+    ) -> AdamW:  # fmt: skip
+        """`fastgpt.optim.AdamW` that decays matrices and embeddings, but no bias and no norm.
+
+        Args:
+            lr, weight_decay, betas: as AdamW takes them.
+            options: AdamW's others, as max_grad_norm.
+        """
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+        return AdamW([g for g in groups if g["params"]], lr, betas, **options)
 
     def num_params(self, embeddings: bool = True) -> int:
         """How many parameters there are, the tied output layer counted once.
@@ -219,16 +229,3 @@ class GPT(nn.Module):
         weights = c.n_layer * (attention + feed_forward) + c.vocab_size * c.n_embd
         forward = 2 * T * weights + 2 * c.n_layer * c.n_embd * T * (T + 1)
         return 3 * forward if training else forward
-
-
-def _look_up(look_up: Callable[[], Tensor], name: str, ids: Tensor, vocab_size: int) -> Tensor:
-    """look_up(), its IndexError said in this model's words."""
-    try:
-        return look_up()
-    except IndexError:
-        kept = ids[ids != IGNORE] if name == "targets" else ids
-        low, high = int(kept.min()), int(kept.max())
-        raise ValueError(
-            f"GPT: {name} must lie in the vocabulary, 0 to {vocab_size - 1};"
-            f" got {low if low < 0 else high}"
-        ) from None

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import GPT, GPTConfig, generate
+from fastgpt.lab.memory import saved_bytes
 from tests.conftest import SANITIZED
 
 pytestmark = pytest.mark.gpu
@@ -44,8 +46,8 @@ def test_loss_and_gradients_match_by_parameter_name(config: GPTConfig, device: s
 @pytest.mark.parametrize(
     "config, ops, calls",
     [
-        (CONFIG, {"attention", "layer_norm", "ffn"}, 1 + 2 + 1),
-        (LLAMA, {"attention", "rms_norm", "ffn", "rotary"}, 1 + 2 + 1 + 1),
+        (CONFIG, {"embedding", "attention", "layer_norm", "ffn"}, 1 + 2 + 1),
+        (LLAMA, {"embedding", "attention", "rms_norm", "ffn", "rotary"}, 1 + 2 + 1 + 1),
     ],
     ids=["gpt2", "llama"],
 )
@@ -57,7 +59,7 @@ def test_every_op_of_the_model_takes_its_kernel(
     heard = fastgpt.explain(model, idx)
     assert {c.op for c in heard} == ops
     assert {c.path for c in heard} == {"triton"}
-    assert len(heard) == 2 * calls + 1
+    assert len(heard) == 1 + 2 * calls + 1
 
 
 def test_trains_with_dropout_and_the_same_seed_gives_the_same_bits(device: str) -> None:
@@ -108,3 +110,53 @@ def test_generates_the_same_text_as_the_reference(config: GPTConfig, device: str
         got = generate(model, idx, 6, temperature=0.0)
     with fastgpt.use("reference"):
         assert torch.equal(got, generate(model, idx, 6, temperature=0.0))
+
+
+def three_steps(model: GPT, idx: Tensor, path: str) -> list[dict[str, Tensor]]:
+    """Loss and gradients by name of three training steps, clipped, by fastgpt's AdamW."""
+    optimizer = model.configure_optimizer(lr=1e-3, max_grad_norm=1.0)
+    made = []
+    for n in range(3):
+        with fastgpt.use(path):
+            loss = model(idx[n, :, :-1], idx[n, :, 1:])
+            loss.backward()
+            grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+            optimizer.step()
+        optimizer.zero_grad()
+        made.append({"loss": loss.detach(), **grads})
+    return made
+
+
+def test_three_training_steps_are_the_references(device: str) -> None:
+    """The whole of a GPT-2 step: embedding, blocks, loss head, clipping and AdamW."""
+    model = GPT(replace(CONFIG, n_layer=1)).to(device)
+    idx = torch.randint(31, (3, 2, 12), device=device)
+    gold = three_steps(deepcopy(model).double(), idx, "reference")
+    same = three_steps(deepcopy(model), idx, "reference")
+    for got, theirs, truth in zip(three_steps(model, idx, "triton"), same, gold, strict=True):
+        assert set(got) == set(truth)
+        for name, want in truth.items():
+            err = (got[name].double() - want).abs().max().item()
+            allowed = 2 * (theirs[name].double() - want).abs().max().item() + 1e-5
+            assert err <= allowed, f"{name}: off by {err:.2e}, PyTorch allows {allowed:.2e}"
+
+
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_levels_of_recompute_keep_less_and_give_the_same_gradients(
+    config: GPTConfig, device: str
+) -> None:
+    config = replace(config, n_layer=1)
+    idx = torch.randint(31, (1, 12), device=device)
+    model = GPT(config).to(device)
+    kept, made = [], []
+    for level in (0, 1, 2):
+        again = GPT(replace(config, recompute=level)).to(device)
+        again.load_state_dict(model.state_dict())
+        made.append(step(again, idx, "triton"))
+        with fastgpt.use("triton"):
+            call = partial(again, idx[:, :-1], idx[:, 1:])
+            kept.append(saved_bytes(call, again.parameters()))
+    assert kept[0] > kept[1] > kept[2]
+    for other in made[1:]:
+        for name, want in made[0].items():
+            assert torch.allclose(other[name], want, rtol=1e-4, atol=1e-6), name

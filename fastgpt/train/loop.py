@@ -103,8 +103,9 @@ class Trainer:
         self.dtype = pick_precision(config.precision, self.device)
         self.model = model.to(self.device)
         self.optimizer = self.model.configure_optimizer(
-            config.lr, config.weight_decay, (config.beta1, config.beta2)
-        )
+            config.lr, config.weight_decay, (config.beta1, config.beta2),
+            max_grad_norm=config.clip if config.clip > 0.0 else math.inf,
+        )  # fmt: skip
         T = model.config.block_size
         self.batches = Batches(train_tokens, T, config.batch_size, config.seed)
         self.held_out = Batches(held_out_tokens, T, EVAL_ROWS)
@@ -151,12 +152,10 @@ class Trainer:
                 loss = self.model(x, y) / c.accumulate
             loss.backward()
             total += loss.detach()
-        bound = c.clip if c.clip > 0.0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        made = Step(self.steps_done, float(total), lr, float(norm))
+        made = Step(self.steps_done, float(total), lr, float(self.optimizer.grad_norm))
         self.seconds += time.monotonic() - start
         return made
 

@@ -210,7 +210,7 @@ def test_smollm2_has_hugging_faces_logits(smollm2: tuple[GPT, Any]) -> None:
     model, theirs = smollm2
     x = torch.tensor([PROMPT])
     got, want = model(x), theirs(x).logits
-    torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-5)
     assert got[0, -1].argmax() == PARIS
 
 

@@ -59,14 +59,28 @@ def test_the_kernels_keep_what_they_promise() -> None:
         assert kept[name]["fastgpt"] < kept[name]["PyTorch"]
 
 
+def test_what_rotary_embedding_keeps_is_its_table_and_with_a_norm_its_input() -> None:
+    table, packed = 2 * 4 * 128 * 32, 2 * 128 * 8 * 64
+    for norm, want in (("none", table), ("rms", table + packed)):
+        _, sizes = cases.parse(f"rotary:B=1,T=128,H=4,Hkv=2,D=64,norm={norm}")
+        kept = {row.provider: row.bytes for row in memory.of_op("rotary", sizes)}
+        assert kept["fastgpt"] == want <= kept["PyTorch"]
+
+
 def test_host_cost_counts_the_launches_of_an_op() -> None:
     from fastgpt.lab import host
 
     launches = {row.what: row.launches for name in cases.OPS for row in host.of_op(name)}
     assert launches == {
         "layer_norm, forward": 1, "layer_norm, forward and backward": 3,
+        "rms_norm, forward": 1, "rms_norm, forward and backward": 3,
+        "embedding, forward": 1, "embedding, forward and backward": 3,
         "attention, forward": 1, "attention, forward and backward": 4,
+        "rotary, forward": 1, "rotary, forward and backward": 3,
         "ffn, forward": 1, "ffn, forward and backward": 2,
+        "cross_entropy, forward": 1, "cross_entropy, forward and backward": 2,
+        "linear_cross_entropy, forward": 1, "linear_cross_entropy, forward and backward": 1,
+        "adamw, forward": 2,
     }  # fmt: skip
     (launch,) = copy_spec().launches()
     cost = host.of_launch(launch)

@@ -87,25 +87,34 @@ def of_launch(launch: Launch, target: str = "sm_90") -> HostCost:
 
 
 def of_op(name: str, target: str = "sm_90") -> list[HostCost]:
-    """An op of fastgpt, forward, and with backward; and the launchers alone."""
+    """An op of fastgpt, forward, and with backward if it has one; and the launchers alone."""
 
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(shape, requires_grad=True)
 
     x, w, w1, w2 = leaf(1, 32, 2, 16), leaf(16), leaf(32, 16), leaf(16, 32)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "attention": lambda: ops.attention(x, x, x),
-        "layer_norm": lambda: ops.layer_norm(x, w, w),
-        "ffn": lambda: ops.ffn(x, w1, None, w2, None),
+    ids, table = torch.zeros(1, 32, dtype=torch.int64), torch.zeros(32, 8)
+    p, m, v, g = (torch.zeros(16) for _ in range(4))
+    group = ops.AdamWGroup([p], [g], [m], [v], [torch.zeros(())])
+    calls: dict[str, tuple[Callable[[], Any], Tensor | None]] = {
+        "attention": (lambda: ops.attention(x, x, x), x),
+        "layer_norm": (lambda: ops.layer_norm(x, w, w), x),
+        "rms_norm": (lambda: ops.rms_norm(x, w), x),
+        "ffn": (lambda: ops.ffn(x, w1, None, w2, None), x),
+        "embedding": (lambda: ops.embedding(ids, w1, w1), w1),
+        "rotary": (lambda: ops.rotary(x, x, table, table, q_weight=w, k_weight=w)[0], x),
+        "cross_entropy": (lambda: ops.cross_entropy(w1[None], ids), w1),
+        "linear_cross_entropy": (lambda: ops.linear_cross_entropy(w1[None], w1, ids), w1),
+        "adamw": (lambda: ops.adamw([group], torch.zeros(4)), None),
     }
-    call = calls[name]
-    one = torch.ones_like(call())
+    call, by = calls[name]
+    one = None if by is None else torch.ones_like(call())
 
     def both() -> None:
-        torch.autograd.grad(call(), [x], one)
+        torch.autograd.grad(call(), [x for x in (by,) if x is not None], one)
 
     with backend.rehearsal(), backend.use("triton"):
-        return [
-            measure(f"{name}, forward", call, target),
-            measure(f"{name}, forward and backward", both, target),
-        ]
+        costs = [measure(f"{name}, forward", call, target)]
+        if by is not None:
+            costs.append(measure(f"{name}, forward and backward", both, target))
+        return costs

@@ -72,6 +72,22 @@ def _op(name: str, s: Sizes) -> tuple[Call, list[Tensor]]:
         w, b = (leaf(s["N"], dtype=torch.float32) for _ in range(2))
         res = h if s["residual"] else None
         return lambda: ops.layer_norm(x, w, b, residual=res, dropout_p=s["dropout_p"]), [w, b]
+    if name == "rms_norm":
+        x, h, w = leaf(s["M"], s["N"]), leaf(s["M"], s["N"]), leaf(s["N"])
+        return lambda: ops.rms_norm(x, w, residual=h, dropout_p=s["dropout_p"]), [w]
+    if name == "embedding":
+        wte, wpe = leaf(s["V"], s["C"]), leaf(s["T"], s["C"])
+        ids = torch.zeros(s["B"], s["T"], dtype=torch.int64)
+        return lambda: ops.embedding(ids, wte, wpe, dropout_p=s["dropout_p"]), [wte, wpe]
+    if name.endswith("cross_entropy"):
+        target = torch.zeros(s["M"], dtype=torch.int64)
+        options = {"label_smoothing": s["label_smoothing"], "z_loss": s["z_loss"]}
+        options["softcap"] = s["softcap"] or None
+        if name == "cross_entropy":
+            logits = leaf(s["M"], s["V"])
+            return lambda: ops.cross_entropy(logits, target, **options), []
+        x, w = leaf(s["M"], s["C"]), leaf(s["V"], s["C"])
+        return lambda: ops.linear_cross_entropy(x, w, target, **options), [w]
     if name == "rotary":
         B, T, H, G, D = s["B"], s["T"], s["H"], s["Hkv"], s["D"]
         q, k, _ = leaf(B, T, H + 2 * G, D).split([H, G, G], 2)
@@ -87,7 +103,9 @@ def _op(name: str, s: Sizes) -> tuple[Call, list[Tensor]]:
 
 
 def of_op(name: str, sizes: Sizes) -> list[Saved]:
-    """What an op of fastgpt keeps: by its kernels, and in plain PyTorch."""
+    """What an op of fastgpt keeps, if it has a backward: by its kernels, and in plain PyTorch."""
+    if name == "adamw":
+        return []
     shape = ", ".join(f"{k}={v}" for k, v in sizes.items())
     rows = []
     for provider in ("fastgpt", "PyTorch"):

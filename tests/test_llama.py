@@ -15,6 +15,7 @@ from fastgpt import GPT, GPTConfig, generate
 from fastgpt.pretrained import rename
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import checkpoint
+from tests.check import assert_one_graph
 
 SMALL = GPTConfig(
     block_size=32, vocab_size=97, n_layer=2, n_head=4, n_embd=32, variant="llama", n_kv_head=2,
@@ -122,12 +123,18 @@ def test_a_model_of_16_bits_turns_by_float32_angles() -> None:
     assert model(ids()).dtype == torch.bfloat16
 
 
-def test_compiles_whole() -> None:
+def test_compiles_whole_and_once_for_three_lengths() -> None:
+    model = small(qk_norm=True)
+    assert_one_graph(lambda idx: (model(idx),), [{"idx": ids(2, T)} for T in (5, 8, 13)])
+
+
+def test_compiled_gradients_are_the_eager_ones() -> None:
     model = small(qk_norm=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x, y = ids(), ids()
-    torch.testing.assert_close(compiled(x), model(x))
-    torch.testing.assert_close(compiled(x, y), model(x, y))
+    got, want = (torch.autograd.grad(f(x, y), list(model.parameters())) for f in (compiled, model))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
 
 
 def test_trains() -> None:

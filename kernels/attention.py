@@ -430,7 +430,8 @@ def attention_fwd(
             q, k, scale, left, right, dropout_p, softcap, alibi_slopes, bias, key_mask,
             document_ids, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         )  # fmt: skip
-        tile = attention_tiles(q.dtype, padded_head_dim(D), dropout_p > 0.0).fwd
+        extras = common["inner"] is not None or key_mask is not None or document_ids is not None
+        tile = attention_tiles(q.dtype, padded_head_dim(D), dropout_p > 0.0, extras).fwd
         band = max(1, L2_BYTES // max(1, 2 * common["Tk"] * D * k.element_size()))
         BH = H * (B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
         _fwd_kernel[(triton.cdiv(common["Tq"], tile.block_m) * BH,)](

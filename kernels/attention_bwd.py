@@ -473,7 +473,8 @@ def attention_bwd(
             q, k, scale, left, right, dropout_p, softcap, alibi_slopes, bias, key_mask,
             document_ids, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         )  # fmt: skip
-        tiles = attention_tiles(q.dtype, block_d, dropout_p > 0.0)
+        extras = common["inner"] is not None or key_mask is not None or document_ids is not None
+        tiles = attention_tiles(q.dtype, block_d, dropout_p > 0.0, extras)
         _delta_kernel[(triton.cdiv(Tq, tiles.delta.block_m) * B * H,)](
             do, o, lse, dlse, nlse, ndelta,
             *do.stride()[:3], *o.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),

@@ -143,6 +143,11 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
 }
 # Head dims of 136 to 256, any chip. Backward spills: two accumulators of 256 columns a key.
 _ATTENTION_WIDE = (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2))
+# With extras: a bias takes a tile of addresses as well. On NVIDIA, on AMD.
+_ATTENTION_EXTRAS = (
+    (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1)),
+)
 # float32, any chip: products on the plain FMA units, since TF32 would round the inputs.
 _ATTENTION_FLOAT32 = {
     64: (Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 32, 8, 1)),
@@ -152,8 +157,12 @@ _ATTENTION_FLOAT32 = {
 
 
 @tunable
-def attention_tiles(dtype: torch.dtype, block_d: int, dropout: bool) -> AttentionTiles:
-    """Tiles of the attention kernels for a head dim padded to block_d."""
+def attention_tiles(
+    dtype: torch.dtype, block_d: int, dropout: bool, extras: bool = False
+) -> AttentionTiles:
+    """Tiles of the attention kernels for a head dim padded to block_d; extras: with softcap,
+    ALiBi, a bias, key_mask or document_ids.
+    """
     where = chip()
     if where == "interpreter":
         fwd, dkdv, dq = Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)
@@ -161,6 +170,8 @@ def attention_tiles(dtype: torch.dtype, block_d: int, dropout: bool) -> Attentio
         fwd, dkdv, dq = _ATTENTION_FLOAT32[max(64, block_d)]
     elif block_d > 128:
         fwd, dkdv, dq = _ATTENTION_WIDE
+    elif extras:
+        fwd, dkdv, dq = _ATTENTION_EXTRAS[where.startswith("gfx")]
     else:
         at = max(64, block_d)
         rows = _ATTENTION[where]
@@ -189,7 +200,7 @@ def dbias_tile(dtype: torch.dtype, block_d: int) -> Tile:
         return Tile(32, 16, 4, 1)
     if dtype == torch.float32 or block_d > 128:
         return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4, 1 if chip().startswith("gfx") else 2)
+    return Tile(64, 32, 4, 1 if chip().startswith("gfx") else 2)
 
 
 def programs(x: Tensor, num_warps: int) -> int:

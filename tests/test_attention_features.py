@@ -1,16 +1,22 @@
 """What attention does beyond causal windows: changed scores, hidden keys, sequences end to end."""
 
+import math
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastgpt
 from fastgpt.ops import attention, attention_ref, attention_varlen, attention_varlen_ref
-from tests.check import assert_matches
+from fastgpt.ops.attention import AttentionFunction, attention_flops
+from fastgpt.ops.attention_reference import Extras, visible
+from fastgpt.ops.backend import INTERPRET
+from tests.check import assert_compiled_gradients_match, assert_matches, assert_one_graph
 from tests.conftest import DTYPES
 from tests.test_attention import qkv, with_lse
 
@@ -171,3 +177,267 @@ def test_varlen_kernel_matches(n: int, device: str) -> None:
         return f
 
     assert_matches(joined(kernel(attention_varlen)), joined(attention_varlen_ref), x)
+
+
+def leaves(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().requires_grad_() for n, t in x.items()}
+
+
+def with_grads(op: Any, x: dict[str, Tensor], **kwargs: Any) -> list[Tensor]:
+    """o, lse and the gradients of what is in x, all of them asked for."""
+    x = leaves(x)
+    o, lse = op(**x, **kwargs, return_lse=True)
+    loss = o.float().square().sum() + torch.where(lse.isinf(), 0.0, lse).sum()
+    return [o, lse, *torch.autograd.grad(loss, list(x.values()))]
+
+
+@pytest.mark.gpu
+def test_the_same_bits_twice_and_over_batches(device: str) -> None:
+    x = inputs(SHAPE, (2, 1, 37, 37), torch.float32, device)
+    kwargs = on(device, {"key_mask": PADDED, "document_ids": DOCUMENTS, "softcap": 3.0})
+    whole = with_grads(kernel(), x, **kwargs)
+    for a, b in zip(whole, with_grads(kernel(), x, **kwargs), strict=True):
+        assert torch.equal(a, b)
+    part = {n: t[1:] if isinstance(t, Tensor) else t for n, t in kwargs.items()}
+    half = with_grads(kernel(), {n: t[1:] for n, t in x.items()}, **part)
+    for a, b in zip(whole, half, strict=True):
+        assert torch.equal(a[1:], b)
+
+
+@pytest.mark.gpu
+def test_what_lies_in_hidden_keys_reaches_nothing(device: str) -> None:
+    """Not even NaN; a query without keys gives 0, minus infinity and no gradient."""
+    mask = PADDED[:, :21].to(device)
+    x = qkv(2, 21, 1, 16, device=device)
+    clean = with_grads(kernel(), x, key_mask=mask)
+    for name in ("k", "v"):
+        x[name] = torch.where(mask[..., None, None], x[name], torch.nan)
+    o, lse, dq, dk, dv = got = with_grads(kernel(), x, key_mask=mask)
+    for a, b in zip(got, clean, strict=True):
+        assert torch.equal(a, b)
+    assert (o[0, :9] == 0).all() and (lse[0, :, :9] == -torch.inf).all() and (dq[0, :9] == 0).all()
+    assert (dk[~mask] == 0).all() and (dv[~mask] == 0).all()
+    with fastgpt.use("reference"):
+        for a, b in zip(got, with_grads(attention, x, key_mask=mask), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_bias_of_minus_infinity_hides(device: str) -> None:
+    x = qkv(1, 21, 1, 16, device=device)
+    see = torch.rand(1, 1, 21, 21, device=device) < 0.7
+    see[:, :, 4] = False
+    x["bias"] = torch.where(see, 0.0, -torch.inf)
+    o, lse, *grads = with_grads(kernel(), x, causal=False)
+    assert (o[:, 4] == 0).all() and (lse[..., 4] == -torch.inf).all()
+    with fastgpt.use("reference"):
+        o2, _, *grads2 = with_grads(attention, x, causal=False)
+    for a, b in zip([o, *grads], [o2, *grads2], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_logits_of_ten_thousand(device: str) -> None:
+    x = qkv(1, 21, 1, 16, device=device)
+    x["k"] = F.normalize(x["k"], dim=-1)
+    x["q"] = x["k"] * 4e5  # a query's own key has 1e5, the others less
+    o, lse, *grads = with_grads(kernel(), x)
+    assert torch.equal(o, x["v"])
+    assert torch.allclose(lse, torch.full_like(lse, 1e5)) and all(g.isfinite().all() for g in grads)
+    o, lse, *grads = with_grads(kernel(), x, softcap=5.0)
+    assert torch.allclose(o, attention_ref(**x, softcap=5.0), atol=1e-5)
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_stay_where_they_are_seen(bad: float, device: str) -> None:
+    x = qkv(1, 21, 1, 16, device=device)
+    clean = kernel()(**x)
+    x["q"][0, 9, 0, 3] = bad
+    o, lse = kernel()(**x, return_lse=True)
+    assert not o[0, 9].isfinite().all() and not lse[0, 0, 9].isfinite()
+    assert torch.equal(o[:, :9], clean[:, :9]) and torch.equal(o[:, 10:], clean[:, 10:])
+    x = qkv(1, 21, 1, 16, device=device)
+    clean = kernel()(**x)
+    x["k"][0, 13, 0, 2] = bad
+    o = kernel()(**x)
+    assert torch.equal(o[:, :13], clean[:, :13])
+    assert o[0, 13:].isnan().any()
+
+
+@pytest.mark.gpu
+def test_one_query_one_key_and_denormals(device: str) -> None:
+    x = qkv(1, 1, 2, 8, device=device)
+    assert torch.equal(kernel()(**x), x["v"])
+    x = qkv(1, 5, 1, 8, Tk=1, device=device)
+    assert torch.equal(kernel()(**x, causal=False), x["v"].expand(1, 5, 1, 8))
+    x = qkv(1, 5, 1, 8, device=device)
+    x["q"] *= 1e-39
+    o, lse, *grads = with_grads(kernel(), x, causal=False)
+    assert torch.allclose(o, x["v"].mean(1, keepdim=True).expand_as(o), atol=1e-6)
+    assert torch.allclose(lse, torch.full_like(lse, math.log(5)))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not INTERPRET, reason="wants memory that is set aside and never touched")
+def test_a_bias_lies_anywhere(device: str) -> None:
+    room = torch.from_numpy(np.zeros(2**32 + 2**10, np.float16))  # only touched pages are real
+    x = qkv(1, 5, 2, 8, dtype=torch.float16)
+    bias = torch.randn(1, 2, 5, 5, dtype=torch.float16)
+    far = room.as_strided((1, 2, 5, 5), (0, 2**31, 2**28 + 2**27, 1)).copy_(bias)
+    got = kernel()(**x, bias=far)
+    assert torch.equal(got, kernel()(**x, bias=bias))
+
+
+@pytest.mark.gpu
+def test_no_sequences_and_no_rows(device: str) -> None:
+    x, kwargs = varlen([0, 2, 2], [0, 0, 3], {}, torch.float32, device)
+    o, lse, dq, dk, dv = with_grads(kernel(attention_varlen), x, **kwargs)
+    assert (o == 0).all() and (lse == -torch.inf).all()
+    assert all((g == 0).all() for g in (dq, dk, dv))
+    empty = {n: t[:0] for n, t in x.items()}
+    for cu in (torch.zeros(1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)):
+        o, *grads = with_grads(kernel(attention_varlen), empty, **cut(cu.to(device), 0))
+        assert o.shape == empty["q"].shape and grads[1].shape == empty["q"].shape
+
+
+# ------------------------------------------------------------------ the registered ops
+
+EXTRAS = Extras(
+    2.0, SLOPES, torch.randn(1, 2, 5, 7), torch.arange(14).view(2, 7) % 5 > 0,
+    torch.tensor([[0, 0, 1, 1, 1, 4, 4], [0, 3, 3, 3, 0, 0, 3]]),
+)  # fmt: skip
+CUT = Extras(cu_seqlens_q=torch.tensor([0, 3, 5]), cu_seqlens_k=torch.tensor([0, 4, 7]),
+             max_seqlen_q=3, max_seqlen_k=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("B, extras", [(2, EXTRAS), (1, CUT)], ids=["all", "varlen"])
+def test_opcheck(B: int, extras: Extras) -> None:
+    q, k, v = qkv(B, 5, 2, 8, Tk=7, heads=1).values()
+    rest = (0.5, -1, 0, 0.3, torch.tensor([5]), *extras)
+    torch.library.opcheck(torch.ops.fastgpt.attention_fwd, (q, k, v, *rest))
+    o, lse = torch.ops.fastgpt.attention_fwd(q, k, v, *rest)
+    args = (torch.randn_like(o), torch.randn_like(lse), q, k, v, o, lse, *rest)
+    for bias_grad in (False, extras.bias is not None):
+        torch.library.opcheck(torch.ops.fastgpt.attention_bwd, (*args, bias_grad))
+
+
+@pytest.mark.parametrize("B, extras", [(2, EXTRAS), (1, CUT)], ids=["all", "varlen"])
+def test_function_gradcheck_and_double_backward(B: int, extras: Extras) -> None:
+    x = qkv(B, 5, 2, 8, Tk=7, heads=1, dtype=torch.float64)
+    if extras.bias is not None:
+        x["bias"] = extras.bias.double()
+
+    def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Any:
+        seen = extras._replace(bias=bias)
+        o, lse = AttentionFunction.apply(q, k, v, 0.4, 3, 3, 0.2, torch.tensor([3]), *seen)
+        return o, torch.where(lse.isinf(), 0.0, lse)
+
+    args = list(leaves(x).values())
+    assert torch.autograd.gradcheck(f, args)
+    assert torch.autograd.gradgradcheck(f, args, atol=1e-4)
+
+
+def test_compiles_to_one_graph_for_three_lengths() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_mask: Tensor) -> Any:
+        o, lse = AttentionFunction.apply(
+            q, k, v, 0.4, -1, 0, 0.0, None, 2.0, SLOPES, bias, key_mask, None, None, None, 0, 0
+        )
+        return o, lse, attention(q, k, v, bias=bias, key_mask=key_mask)
+
+    calls = []
+    for T in (5, 9, 14):
+        x = qkv(2, T, 2, 8)
+        calls.append(x | {"bias": torch.randn(1, 1, T, T), "key_mask": torch.rand(2, T) < 0.8})
+    assert_one_graph(f, calls)
+
+
+def test_compiled_gradients_are_the_eager_ones() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        o, lse = AttentionFunction.apply(
+            q, k, v, 0.4, -1, 0, 0.0, None, 2.0, None, bias, None, None, None, None, 0, 0
+        )
+        return o.square().sum() + lse.sum()
+
+    assert_compiled_gradients_match(loss, qkv(1, 7, 2, 8) | {"bias": torch.randn(1, 1, 7, 7)})
+
+
+def test_varlen_compiles_whole() -> None:
+    x, kwargs = varlen([0, 3, 8], [0, 3, 8], {}, torch.float32, "cpu")
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return attention_varlen(q, k, v, **kwargs), q
+
+    assert_one_graph(f, [x])
+
+
+@pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (3, 0), (4, 4), (0, 0), (40, 2)])
+@pytest.mark.parametrize("Tq, Tk", [(6, 6), (3, 11), (11, 3), (5, 0)])
+def test_flops_are_those_of_the_pairs_that_see_each_other(
+    Tq: int, Tk: int, left: int, right: int
+) -> None:
+    pairs = int(visible(Tq, Tk, left, right, torch.device("cpu"))[1].sum())
+    shapes = (2, Tq, 3, 8), (2, Tk, 3, 8)
+    assert attention_flops(*shapes, left, right, 2) == 2 * (2 * 2 * 3 * 8) * pairs
+
+
+def test_flops_of_long_rows_take_no_time() -> None:
+    shape = (1, 10**12, 1, 8)
+    assert attention_flops(shape, shape, -1, 0, 1) == 16 * (10**12 * (10**12 + 1) // 2)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, rule",
+    [
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite; got 0.0"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError, r"\(H,\) or \(B, H\) with B = 2, H = 2; got"),
+        ({"alibi_slopes": torch.ones(2).double()}, TypeError, "alibi_slopes must be float32; got"),
+        ({"bias": torch.ones(3, 5)}, ValueError, r"here of \(2, 2, 3, 5\); got \(3, 5\)"),
+        ({"bias": torch.ones(1, 1, 2, 5)}, ValueError, r"Tq or 1, Tk\).*got \(1, 1, 2, 5\)"),
+        ({"bias": torch.ones(1, 1, 3, 5).int()}, TypeError, "bias must have a floating dtype"),
+        ({"key_mask": torch.ones(2, 5)}, TypeError, r"key_mask must be bool; got torch\.float32"),
+        ({"key_mask": torch.ones(5).bool()}, ValueError, r"\(B, Tk\) = \(2, 5\); got \(5,\)"),
+        ({"document_ids": torch.ones(2, 5)}, TypeError, "document_ids must be integers; got"),
+        ({"document_ids": torch.ones(2, 3).int()}, ValueError, r"\(B, Tk\) = \(2, 5\), with Tq"),
+        ({"bias": torch.ones(1, 1, 3, 5, device="meta")}, ValueError, "bias must be on q's device"),
+    ],
+)
+def test_rejects(kwargs: dict[str, Any], error: type[Exception], rule: str) -> None:
+    with pytest.raises(error, match=rule) as e:
+        attention(**qkv(2, 3, 2, 8, Tk=5), **kwargs)
+    assert str(e.value).startswith("attention: ") and "\n" not in str(e.value)
+
+
+def test_varlen_rejects() -> None:
+    q = torch.zeros(5, 2, 8)
+    cu = torch.tensor([0, 2, 5])
+    for args, error, rule in (
+        ((q[None], q, q, cu, cu, 3, 3), ValueError, r"must be \(total, H, D\); got q \(1, 5, 2"),
+        ((q, q[..., :4], q[..., :4], cu, cu, 3, 3), ValueError, "must agree in D"),
+        ((q, q, q, cu.float(), cu, 3, 3), TypeError, "cu_seqlens_q must be int32 or int64; got"),
+        ((q, q, q, cu, cu[:2], 3, 3), ValueError, r"must both be \(B \+ 1,\); got \(3,\) and"),
+        ((q, q, q, cu, cu, 3, -1), ValueError, "max_seqlen_k must not be negative; got -1"),
+    ):
+        with pytest.raises(error, match="attention_varlen: .*" + rule):
+            attention_varlen(*args)  # type: ignore[call-overload]
+
+
+@pytest.mark.gpu
+def test_a_forced_kernel_says_why_it_cannot(device: str) -> None:
+    x = qkv(1, 3, 2, 8, device=device)
+    kernel()(**x)
+    slopes = torch.ones(2, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="the kernel gives alibi_slopes no gradient"):
+        kernel()(**x, alibi_slopes=slopes)
+    with pytest.raises(ValueError, match=r"float32, float16 or bfloat16 bias; got torch\.float64"):
+        kernel()(**x, bias=torch.zeros(1, 1, 1, 3, device=device, dtype=torch.float64))
+    (got,) = torch.autograd.grad(attention(**x, alibi_slopes=slopes).square().sum(), slopes)
+    assert got.abs().sum() > 0  # not forced, the reference takes it

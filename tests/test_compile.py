@@ -7,7 +7,7 @@ without dropout, are compiled for every chip, and each chip has its share of the
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
 from fastgpt.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd  # noqa: E402
 from fastgpt.kernels.rotary import rotary_fwd, rotary_norm_bwd  # noqa: E402
-from fastgpt.lab.cases import refused  # noqa: E402
+from fastgpt.lab.cases import EXTRAS, attention_extras, refused  # noqa: E402
 from fastgpt.lab.chips import TARGETS, chip  # noqa: E402
 from fastgpt.lab.compile import Kernel, offline  # noqa: E402
 from fastgpt.ops.ffn import ACTIVATIONS  # noqa: E402
@@ -47,13 +47,19 @@ SEED = torch.zeros(1, dtype=torch.int64)
 Launch = Callable[[], Any]
 
 
-def attention(D: int, dtype: torch.dtype, p: float, lse: bool = False) -> Launch:
+def attention(
+    D: int, dtype: torch.dtype, p: float, lse: bool = False, with_: Sequence[str] = ()
+) -> Launch:
+    extras = attention_extras(1, 128, 4, dtype, with_)
+    grads = {"bias_grad": True} if "bias" in extras else {}
+
     def launch() -> None:
         qkv = torch.empty(1, 128, 3, 4, D, dtype=dtype)
         q, k, v = qkv.unbind(2)
         seed = SEED if p else None
-        o, l = attention_fwd(q, k, v, D**-0.5, -1, 0, p, seed)
-        attention_bwd(q, l if lse else None, q, k, v, o, l, D**-0.5, -1, 0, p, seed)
+        o, l = attention_fwd(q, k, v, D**-0.5, -1, 0, p, seed, **extras)
+        dl = l if lse else None
+        attention_bwd(q, dl, q, k, v, o, l, D**-0.5, -1, 0, p, seed, **extras, **grads)
 
     return launch
 
@@ -154,6 +160,11 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
         attention(D, dtype, p, lse=p > 0)
         for D, dtype, p in itertools.product((64, 128), DTYPES[1:], (0.0, 0.1))
     ]
+    extras = [(f,) for f in EXTRAS]
+    near += [
+        attention(D, torch.bfloat16, p, with_=with_)
+        for D, p, with_ in itertools.product((64, 128), (0.0, 0.1), extras)
+    ]
     dtypes = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[:2]]
     flags = [(r, p, b) for r, p in ((False, 0.0), (True, 0.0), (True, 0.1)) for b in (True, False)]
     far = [
@@ -229,6 +240,7 @@ def test_every_kernel_compiles(target: str) -> None:
     with offline(target) as kernels:
         for launch in (
             attention(64, torch.bfloat16, 0.0),
+            attention(64, torch.bfloat16, 0.0, with_=("bias", "document_ids")),
             layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1),
             layer_norm(8193, torch.bfloat16, torch.bfloat16, False, True, 0.0),
             rms_norm(576, torch.bfloat16, torch.bfloat16, True, 0.0),
@@ -264,6 +276,11 @@ def test_three_sizes_compile_once() -> None:
             q = torch.empty(T // 32, T, 4, 64, dtype=torch.bfloat16)
             o, lse = attention_fwd(q, q, q, 0.1, -1, 0, 0.0, None)
             attention_bwd(o, None, q, q, q, o, lse, 0.1, -1, 0, 0.0, None)
+            for with_ in (EXTRAS[:-1], EXTRAS[-1:]):
+                extras = attention_extras(T // 32, T, 4, q.dtype, with_)
+                more = {"bias_grad": "bias" in extras}
+                o, lse = attention_fwd(q, q, q, 0.1, -1, 0, 0.0, None, **extras)
+                attention_bwd(o, None, q, q, q, o, lse, 0.1, -1, 0, 0.0, None, **extras, **more)
             x = torch.empty(T, 768, dtype=torch.bfloat16)
             idx = torch.zeros(T, T // 8, dtype=torch.int64)
             embedding_bwd(embedding_fwd(idx, x, x, 3, 0.0, None), idx, T, T, 3, 0.0, None)

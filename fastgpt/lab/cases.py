@@ -2,10 +2,11 @@
 
 An op is named as in `fastgpt.ops`, with sizes if others are wanted than GPT-2's:
 "attention", "attention:D=128,dropout_p=0.1", "layer_norm:N=4096", "ffn:C=1024"; or one kernel of
-it, "attention._dq_kernel:D=128".
+it, "attention._dq_kernel:D=128". What attention takes beyond q, k and v is joined by a plus:
+"attention:extras=softcap+key_mask".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,16 +20,51 @@ from fastgpt.ops.backend import OLDEST
 Sizes = dict[str, Any]
 
 
+EXTRAS = ("softcap", "alibi_slopes", "bias", "key_mask", "document_ids", "cu_seqlens")
+
+
+def attention_extras(
+    B: int, T: int, H: int, dtype: torch.dtype, names: Sequence[str]
+) -> dict[str, Any]:
+    """What attention takes beyond q, k and v, by name; with cu_seqlens B is the sequences.
+
+    Raises:
+        ValueError: attention takes nothing of that name.
+    """
+    if unknown := set(names) - set(EXTRAS):
+        raise ValueError(f"lab: attention's extras are {', '.join(EXTRAS)}; got {unknown.pop()!r}")
+    cu_seqlens = torch.zeros(B + 1, dtype=torch.int32)
+    made = {
+        "softcap": 30.0,
+        "alibi_slopes": torch.zeros(H),
+        "bias": torch.zeros(1, H, T, T, dtype=dtype),
+        "key_mask": torch.ones(B, T, dtype=torch.bool),
+        "document_ids": torch.zeros(B, T, dtype=torch.int64),
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": T,
+        "max_seqlen_k": T,
+    }
+    cut = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return {n: t for n, t in made.items() if (n in cut and "cu_seqlens" in names) or n in names}
+
+
 def _attention(s: Sizes) -> None:
     from fastgpt.kernels.attention import attention_fwd
     from fastgpt.kernels.attention_bwd import attention_bwd
 
     B, T, H, D, p = s["B"], s["T"], s["H"], s["D"], s["dropout_p"]
-    qkv = torch.empty(B, T, 3, H, D, dtype=DTYPES[s["dtype"]])
+    dtype = DTYPES[s["dtype"]]
+    names = [n for n in s["extras"].split("+") if n]
+    extras = attention_extras(B, T, H, dtype, names)
+    qkv = torch.empty(B, T, 3, H, D, dtype=dtype)
+    if "cu_seqlens" in names:
+        qkv = qkv.flatten(0, 1)[None]
     q, k, v = qkv.unbind(2)
     seed = torch.zeros(1, dtype=torch.int64) if p else None
-    o, lse = attention_fwd(q, k, v, D**-0.5, -1, 0, p, seed)
-    attention_bwd(o, None, q, k, v, o, lse, D**-0.5, -1, 0, p, seed)
+    o, lse = attention_fwd(q, k, v, D**-0.5, -1, 0, p, seed, **extras)
+    bias = "bias" in extras
+    attention_bwd(o, None, q, k, v, o, lse, D**-0.5, -1, 0, p, seed, **extras, bias_grad=bias)
 
 
 def _layer_norm(s: Sizes) -> None:
@@ -205,7 +241,7 @@ OPS = {
     ),
     "attention": Case(
         _attention,
-        {"B": 8, "T": 1024, "H": 12, "D": 64, "dtype": "bf16", "dropout_p": 0.0},
+        {"B": 8, "T": 1024, "H": 12, "D": 64, "dtype": "bf16", "dropout_p": 0.0, "extras": ""},
         tuple({"B": 1, "T": T, "H": 1} for T in (256, 512, 1024)),
         {
             name: {"loop": "BLOCK_M * BLOCK_N"}  # a score, and one exponential

@@ -216,9 +216,12 @@ def plain(
             some = (mask if not adding else mask != float("-inf")).any(-1, keepdim=True)
             mask = torch.where(some, mask, 0.0) if adding else mask | ~some
     k, v = shown(k, x.key_mask), shown(v, x.key_mask)
+    grouped = False  # not the comparison itself, which may be a symbol while tracing
+    if q.shape[2] != k.shape[2]:
+        grouped = True
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=grouped,
     )  # fmt: skip
     return (o if some is None else torch.where(some, o, 0.0)).transpose(1, 2), None

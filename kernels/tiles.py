@@ -143,9 +143,9 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
 }
 # Head dims of 136 to 256, any chip. Backward spills: two accumulators of 256 columns a key.
 _ATTENTION_WIDE = (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2))
-# With extras: a bias takes a tile of addresses as well. On NVIDIA, on AMD.
+# With extras, on NVIDIA and on AMD: a bias takes a tile of addresses as well, of 64 bits each.
 _ATTENTION_EXTRAS = (
-    (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
     (Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1)),
 )
 # float32, any chip: products on the plain FMA units, since TF32 would round the inputs.
@@ -200,7 +200,7 @@ def dbias_tile(dtype: torch.dtype, block_d: int) -> Tile:
         return Tile(32, 16, 4, 1)
     if dtype == torch.float32 or block_d > 128:
         return Tile(32, 32, 4, 1)
-    return Tile(64, 32, 4, 1 if chip().startswith("gfx") else 2)
+    return Tile(32, 32, 8 if block_d > 64 else 4, 1 if chip().startswith("gfx") else 2)
 
 
 def programs(x: Tensor, num_warps: int) -> int:

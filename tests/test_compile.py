@@ -276,11 +276,6 @@ def test_three_sizes_compile_once() -> None:
             q = torch.empty(T // 32, T, 4, 64, dtype=torch.bfloat16)
             o, lse = attention_fwd(q, q, q, 0.1, -1, 0, 0.0, None)
             attention_bwd(o, None, q, q, q, o, lse, 0.1, -1, 0, 0.0, None)
-            for with_ in (EXTRAS[:-1], EXTRAS[-1:]):
-                extras = attention_extras(T // 32, T, 4, q.dtype, with_)
-                more = {"bias_grad": "bias" in extras}
-                o, lse = attention_fwd(q, q, q, 0.1, -1, 0, 0.0, None, **extras)
-                attention_bwd(o, None, q, q, q, o, lse, 0.1, -1, 0, 0.0, None, **extras, **more)
             x = torch.empty(T, 768, dtype=torch.bfloat16)
             idx = torch.zeros(T, T // 8, dtype=torch.int64)
             embedding_bwd(embedding_fwd(idx, x, x, 3, 0.0, None), idx, T, T, 3, 0.0, None)
@@ -305,6 +300,25 @@ def test_three_sizes_compile_once() -> None:
     two = {"embedding._chunk_sum_kernel": 2, "embedding._segment_sum_kernel": 2}
     once = dict.fromkeys(binaries, 1)
     assert {name: len(hashes) for name, hashes in binaries.items()} == once | two
+
+
+@pytest.mark.parametrize("with_", [EXTRAS[:-1], EXTRAS[-1:]], ids="+".join)
+def test_three_sizes_of_attention_with_extras_compile_once(with_: Sequence[str]) -> None:
+    with offline("sm_90") as kernels:
+        for T in (96, 128, 608):
+            B = T // 32
+            q = torch.empty(B, T, 4, 64, dtype=torch.bfloat16)
+            q = q.flatten(0, 1)[None] if "cu_seqlens" in with_ else q
+            extras = attention_extras(B, T, 4, q.dtype, with_)
+            grads = {"bias_grad": "bias" in extras}
+            o, lse = attention_fwd(q, q, q, 0.1, -1, 0, 0.0, None, **extras)
+            attention_bwd(o, None, q, q, q, o, lse, 0.1, -1, 0, 0.0, None, **extras, **grads)
+    binaries: dict[str, set[str]] = {}
+    for k in kernels:
+        binaries.setdefault(k.name, set()).add(k.binary.hash)
+    masks = binaries.pop("attention._ends_kernel", set())  # of bytes and of int64
+    assert len(masks) == (2 if "key_mask" in with_ else 0)
+    assert {name: len(hashes) for name, hashes in binaries.items()} == dict.fromkeys(binaries, 1)
 
 
 def test_no_product_spills_into_integer_or_double_arithmetic() -> None:

@@ -22,7 +22,10 @@ since lse alone, at logits of 1e4, is too coarse for a gradient. A walk begins w
 the first multiple of 16 bytes, so that rows of any stride are read 16 bytes at a time; the elements
 before that and after the last such piece, fewer than two pieces, are read once, one by one. The
 last block stays in registers for the second pass, which therefore reads a row of one block no
-second time. The second pass of a longer row walks back, from what was read last.
+second time. The second pass of a longer row walks back, from what was read last: of its three
+passes over memory the least possible are two, and the third is to be served by L2. To hold all of
+50257 logits would take half the registers of a multiprocessor, and nothing would run beside a
+program that waits.
 """
 
 import torch

@@ -307,7 +307,7 @@ def cross_entropy_tile(
     vec = 16 // itemsize
     if chip() == "interpreter":
         return LossTile(1, 8 * vec, 1, 1, 4, vec)
-    warp = 64 if chip() == "gfx9" else 32
+    warp = 64 if chip().startswith("gfx9") else 32
     most = (256 if options or chip() == "sm_100" else 512) if twice else 128
     lanes = min(most, max(warp, triton.next_power_of_2(V) // (2 * vec)))
     return LossTile(1, 2 * vec * lanes, lanes // warp, 1, lanes, vec)

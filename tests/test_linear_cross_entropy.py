@@ -111,6 +111,25 @@ def test_batch_and_time_and_no_more_logits_than_a_chunk(monkeypatch: pytest.Monk
     assert seen == [5, 5, 2] * 2  # forward, and made again in backward
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_kept_for_backward(reduction: str) -> None:
+    M, C, V = 8, 16, 50
+    x, target = inputs(M, C, V, bias=False)
+    leaves = {n: t.requires_grad_() for n, t in x.items()}
+    given = {t.untyped_storage().data_ptr() for t in (*leaves.values(), target)}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        on("reference", target, reduction=reduction)(**leaves)
+    assert sum(kept.values()) <= (4 * C * (M + V) if reduction == "mean" else 8 * M) + 16
+
+
 def test_chunks_are_of_one_size_within_the_budget() -> None:
     for M in (1, 4096, 8192, 16384, 10**6):
         rows = chunk_rows(M, 50257, 2, GPU_BUDGET)

@@ -71,6 +71,9 @@ def things() -> list[Thing]:
             Thing("GEMM epilogue, backward", str(N), f"ffn:C={N},F={4 * N}", r"\._dact", "product",
                   "matrix product")
         )  # fmt: skip
+    for V in (50257, 50304):
+        op = f"linear_cross_entropy:V={V}"
+        found.append(Thing("cross-entropy, loss and gradient", str(V), op, r"\._both", "element"))
     return found
 
 

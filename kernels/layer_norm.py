@@ -9,11 +9,22 @@ Ba, Kiros, Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450. 
     dresidual = rstd * (g - sum(g) / N - xhat * sum(g * xhat) / N) + dh        dx = its dropout
     dweight = sum over rows of dy * xhat        dbias = sum over rows of dy
 
-A row that fits in registers is read once: the mean first, then the squares around it. Wider rows
-are read in chunks, whose means and squares are merged by Chan, Golub, LeVeque, 1983. In backward a
-few programs walk over all rows, each with its own float32 sums for dweight and dbias; a second
-kernel adds those. Statistics and sums are float32. No atomics.
+Without CENTER mean is 0 and sum(g) is left out: the RMS norm.
+
+A row that fits in registers is held there in PIECES of BLOCK_N columns, of which the last alone may
+be masked: 768 columns are three pieces of 256, and no lane idles. The mean comes first, then the
+squares around it. A program walks over rows with weight and bias in registers; in backward with
+its own float32 sums for dweight and dbias as well, which a second kernel adds.
+
+Wider rows are read in chunks. Forward reads a row twice, the second time from cache; the means and
+squares of its chunks are merged by Chan, Golub, LeVeque, 1983. In backward one kernel sums over the
+rows, and a second takes a block of columns, walks over rows and makes dx and the sums for weight
+and bias. Statistics and sums are float32. No atomics.
 """
+
+# Triton's tuples grow by addition and change their type with it.
+# mypy: disable-error-code="assignment,var-annotated"
+# ruff: noqa: RUF005
 
 import torch
 import triton
@@ -22,7 +33,19 @@ from torch import Tensor
 
 from fastgpt.kernels.attention import kept
 from fastgpt.kernels.column_sum import column_sum
-from fastgpt.kernels.tiles import layer_norm_tile, on_device, programs
+from fastgpt.kernels.tiles import (
+    all_registers,
+    layer_norm_tile,
+    norm_pieces,
+    on_device,
+    programs,
+)
+
+
+@triton.jit
+def _inside(rows, cols, M, N, ROWS: tl.constexpr, FULL: tl.constexpr):
+    """Which elements of a tile exist: of one row and full columns the compiler sees that all do."""
+    return ((rows[:, None] < M) | (ROWS == 1)) & ((cols < N) | FULL)
 
 
 @triton.jit
@@ -40,42 +63,78 @@ def _load_h(
     return h
 
 
+@triton.jit
+def _over(total, N, per_n):
+    """total / N, rounded once: the mean of equal numbers is that number."""
+    mean = total * per_n
+    return tl.fma(tl.fma(-mean, N, total), per_n, mean)
+
+
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _fwd_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x, stride_r,
     M, N, eps, threshold, keep_scale,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
+    CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_N)[None, :]
-    at = rows[:, None].to(tl.int64)
-    mask = (rows[:, None] < M) & (cols < N)
+    count = tl.num_programs(0)
+    offs = tl.arange(0, BLOCK_N)[None, :]
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    h = _load_h(
-        x_ptr + at * stride_x, res_ptr + at * stride_r, h_ptr, seed, rows[:, None], cols, mask,
-        threshold, keep_scale, HAS_RESIDUAL, DROPOUT,
-    )  # fmt: skip
-    if HAS_RESIDUAL:
-        tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
-    d = h
-    if CENTER:
-        mean = tl.sum(h, 1) / N
-        d = tl.where(cols < N, h - mean[:, None], 0.0)
-        tl.store(mean_ptr + rows, mean, mask=rows < M)
-    rstd = tl.rsqrt(tl.sum(d * d, 1) / N + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-    y = d * rstd[:, None] * tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    n = tl.cast(N, tl.float32)
+    per_n = 1.0 / n
+    ws, bs = (), ()
+    for i in tl.static_range(PIECES):
+        cols = i * BLOCK_N + offs
+        there = (cols < N) | (FULL or i + 1 < PIECES)
+        ws = ws + (tl.load(w_ptr + cols, mask=there, other=0.0).to(tl.float32),)
+        if HAS_BIAS:
+            bs = bs + (tl.load(b_ptr + cols, mask=there, other=0.0).to(tl.float32),)
+    for start in tl.range(tl.program_id(0) * ROWS, M, count * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        at = rows[:, None].to(tl.int64)
+        hs = ()
+        total = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+        for i in tl.static_range(PIECES):
+            cols = i * BLOCK_N + offs
+            mask = _inside(rows, cols, M, N, ROWS, FULL or i + 1 < PIECES)
+            h = _load_h(
+                x_ptr + at * stride_x, res_ptr + at * stride_r, h_ptr, seed, rows[:, None], cols,
+                mask, threshold, keep_scale, HAS_RESIDUAL, DROPOUT,
+            )  # fmt: skip
+            if HAS_RESIDUAL:
+                tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
+            hs = hs + (h,)
+            if CENTER:
+                total += h
+        if CENTER:
+            mean = _over(tl.sum(total, 1), n, per_n)
+            tl.store(mean_ptr + rows, mean, mask=(rows < M) | (ROWS == 1))
+            total = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+        ds = ()
+        for i in tl.static_range(PIECES):
+            d = hs[i]
+            if CENTER:
+                there = (i * BLOCK_N + offs < N) | (FULL or i + 1 < PIECES)
+                d = tl.where(there, d - mean[:, None], 0.0)
+            total += d * d
+            ds = ds + (d,)
+        rstd = tl.rsqrt(tl.sum(total, 1) * per_n + eps)
+        tl.store(rstd_ptr + rows, rstd, mask=(rows < M) | (ROWS == 1))
+        for i in tl.static_range(PIECES):
+            cols = i * BLOCK_N + offs
+            y = ds[i] * rstd[:, None] * ws[i]
+            if HAS_BIAS:
+                y += bs[i]
+            mask = _inside(rows, cols, M, N, ROWS, FULL or i + 1 < PIECES)
+            tl.store(y_ptr + at * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _fwd_wide_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x, stride_r,
     N, eps, threshold, keep_scale,
-    BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr, FULL: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -87,16 +146,17 @@ def _fwd_wide_kernel(
     m2 = 0.0
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
+        mask = (cols < N) | FULL
         h = _load_h(
-            x_ptr, res_ptr, h_ptr, seed, row, cols, cols < N, threshold, keep_scale,
+            x_ptr, res_ptr, h_ptr, seed, row, cols, mask, threshold, keep_scale,
             HAS_RESIDUAL, DROPOUT,
         )  # fmt: skip
         if HAS_RESIDUAL:
-            tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=cols < N)
+            tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
         if CENTER:
             count = tl.minimum(BLOCK_N, N - start)
             chunk = tl.sum(h, 0) / count
-            d = tl.where(cols < N, h - chunk, 0.0)
+            d = tl.where(mask, h - chunk, 0.0)
             delta = chunk - mean
             m2 += tl.sum(d * d, 0) + delta * delta * (start * (count / (start + count)))
             mean += delta * (count / (start + count))
@@ -108,14 +168,15 @@ def _fwd_wide_kernel(
     tl.store(rstd_ptr + at, rstd)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
+        mask = (cols < N) | FULL
         h = _load_h(
-            x_ptr, res_ptr, h_ptr, seed, row, cols, cols < N, threshold, keep_scale,
+            x_ptr, res_ptr, h_ptr, seed, row, cols, mask, threshold, keep_scale,
             HAS_RESIDUAL, DROPOUT,
         )  # fmt: skip
-        y = (h - mean) * rstd * tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        y = (h - mean) * rstd * tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            y += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at * N + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
+            y += tl.load(b_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -136,102 +197,136 @@ def _store_dx(
 def _bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, part_ptr, seed_ptr,
     stride_dy, stride_dh, stride_h, M, N, threshold, keep_scale,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
+    CENTER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     count = tl.num_programs(0)
-    cols = tl.arange(0, BLOCK_N)[None, :]
-    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    dw = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-    db = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+    offs = tl.arange(0, BLOCK_N)[None, :]
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    per_n = 1.0 / tl.cast(N, tl.float32)
+    ws, dws, dbs = (), (), ()
+    for i in tl.static_range(PIECES):
+        cols = i * BLOCK_N + offs
+        there = (cols < N) | (FULL or i + 1 < PIECES)
+        ws = ws + (tl.load(w_ptr + cols, mask=there, other=0.0).to(tl.float32),)
+        dws = dws + (tl.zeros([ROWS, BLOCK_N], dtype=tl.float32),)
+        if HAS_BIAS:
+            dbs = dbs + (tl.zeros([ROWS, BLOCK_N], dtype=tl.float32),)
     for start in tl.range(pid * ROWS, M, count * ROWS):
         rows = start + tl.arange(0, ROWS)
         at = rows[:, None].to(tl.int64)
-        mask = (rows[:, None] < M) & (cols < N)
-        h = tl.load(h_ptr + at * stride_h + cols, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-        g = dy * w
+        here = (rows < M) | (ROWS == 1)
+        rstd = tl.load(rstd_ptr + rows, mask=here, other=0.0)
+        shift = rstd  # of xhat = h * rstd + shift
         if CENTER:
-            h -= tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
-        xhat = h * rstd[:, None]  # g and dy are 0 where there is no element
-        c1 = tl.sum(g * xhat, 1) / N
-        dres = g - xhat * c1[:, None]
-        if CENTER:
-            dres -= (tl.sum(g, 1) / N)[:, None]
-        dres *= rstd[:, None]
-        _store_dx(
-            dres, dh_ptr, dx_ptr, dres_ptr, at, rows[:, None], cols, mask, seed, threshold,
-            keep_scale, stride_dh, N, HAS_DH, HAS_DRES, DROPOUT,
-        )  # fmt: skip
-        dw += dy * xhat
-        if HAS_BIAS:
-            db += dy
-    offs = tl.arange(0, BLOCK_N)
+            shift = -rstd * tl.load(mean_ptr + rows, mask=here, other=0.0)
+        c1 = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+        c2 = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+        xhats, gs, new_dws, new_dbs = (), (), (), ()
+        for i in tl.static_range(PIECES):
+            cols = i * BLOCK_N + offs
+            mask = _inside(rows, cols, M, N, ROWS, FULL or i + 1 < PIECES)
+            h = tl.load(h_ptr + at * stride_h + cols, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + at * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+            g = dy * ws[i]  # dy is 0 where there is no element
+            xhat = h * rstd[:, None]
+            if CENTER:
+                xhat += shift[:, None]
+                c2 += g
+            c1 += g * xhat
+            xhats = xhats + (xhat,)
+            gs = gs + (g,)
+            new_dws = new_dws + (dws[i] + dy * xhat,)
+            if HAS_BIAS:
+                new_dbs = new_dbs + (dbs[i] + dy,)
+        dws = new_dws
+        dbs = new_dbs
+        m1 = tl.sum(c1, 1) * per_n * -rstd
+        m2 = tl.sum(c2, 1) * per_n * -rstd if CENTER else m1
+        for i in tl.static_range(PIECES):
+            cols = i * BLOCK_N + offs
+            dres = xhats[i] * m1[:, None]
+            if CENTER:
+                dres += m2[:, None]
+            dres += gs[i] * rstd[:, None]
+            mask = _inside(rows, cols, M, N, ROWS, FULL or i + 1 < PIECES)
+            _store_dx(
+                dres, dh_ptr, dx_ptr, dres_ptr, at, rows[:, None], cols, mask, seed, threshold,
+                keep_scale, stride_dh, N, HAS_DH, HAS_DRES, DROPOUT,
+            )  # fmt: skip
     part_ptr += pid.to(tl.int64) * N
-    tl.store(part_ptr + offs, tl.sum(dw, 0), mask=offs < N)
-    if HAS_BIAS:
-        tl.store(part_ptr + count.to(tl.int64) * N + offs, tl.sum(db, 0), mask=offs < N)
+    for i in tl.static_range(PIECES):
+        ends = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        within = (ends < N) | (FULL or i + 1 < PIECES)
+        tl.store(part_ptr + ends, tl.sum(dws[i], 0), mask=within)
+        if HAS_BIAS:
+            tl.store(part_ptr + count.to(tl.int64) * N + ends, tl.sum(dbs[i], 0), mask=within)
 
 
-@triton.jit(do_not_specialize=["threshold"])
-def _bwd_wide_kernel(
-    dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, seed_ptr,
-    stride_dy, stride_dh, stride_h, N, threshold, keep_scale,
-    BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr,
-    DROPOUT: tl.constexpr,
+@triton.jit
+def _bwd_wide_sums_kernel(
+    dy_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, sums_ptr, stride_dy, stride_h, N,
+    BLOCK_N: tl.constexpr, FULL: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
+    """sums: (M, 2), of each row -rstd / N times sum(g * xhat) and sum(g)."""
     row = tl.program_id(0)
     at = row.to(tl.int64)
     mean = tl.load(mean_ptr + at) if CENTER else 0.0
     rstd = tl.load(rstd_ptr + at)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
     c1 = tl.zeros([BLOCK_N], dtype=tl.float32)
     c2 = tl.zeros([BLOCK_N], dtype=tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        h = tl.load(h_ptr + at * stride_h + cols, mask=cols < N, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + at * stride_dy + cols, mask=cols < N, other=0.0).to(tl.float32)
-        g *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        c1 += g * (h - mean) * rstd  # g is 0 where there is no column
+        mask = (cols < N) | FULL
+        h = tl.load(h_ptr + at * stride_h + cols, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + at * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+        g *= tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        c1 += g * (h - mean)  # g is 0 where there is no column
         c2 += g
-    m1 = tl.sum(c1, 0) / N
-    m2 = tl.sum(c2, 0) / N if CENTER else 0.0
-    for start in tl.range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        h = tl.load(h_ptr + at * stride_h + cols, mask=cols < N, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + at * stride_dy + cols, mask=cols < N, other=0.0).to(tl.float32)
-        g *= tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        dres = (g - (h - mean) * rstd * m1 - m2) * rstd
-        _store_dx(
-            dres, dh_ptr, dx_ptr, dres_ptr, at, row, cols, cols < N, seed, threshold, keep_scale,
-            stride_dh, N, HAS_DH, HAS_DRES, DROPOUT,
-        )  # fmt: skip
+    scale = -rstd / N
+    tl.store(sums_ptr + 2 * at, tl.sum(c1, 0) * rstd * scale)
+    if CENTER:
+        tl.store(sums_ptr + 2 * at + 1, tl.sum(c2, 0) * scale)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _bwd_wide_weight_kernel(
-    dy_ptr, h_ptr, mean_ptr, rstd_ptr, part_ptr, stride_dy, stride_h, M, N,
-    BLOCK_N: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _bwd_wide_kernel(
+    dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, part_ptr, seed_ptr,
+    sums_ptr, stride_dy, stride_dh, stride_h, M, N, threshold, keep_scale,
+    BLOCK_N: tl.constexpr, FULL: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     count = tl.num_programs(1)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (cols < N) | FULL
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     dw = tl.zeros([BLOCK_N], dtype=tl.float32)
     db = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row in tl.range(pid, M, count):
         at = tl.cast(row, tl.int64)
-        h = tl.load(h_ptr + at * stride_h + cols, mask=cols < N, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at * stride_dy + cols, mask=cols < N, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + at) if CENTER else 0.0
-        dw += dy * (h - mean) * tl.load(rstd_ptr + at)
+        rstd = tl.load(rstd_ptr + at)
+        h = tl.load(h_ptr + at * stride_h + cols, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + at * stride_dy + cols, mask=mask, other=0.0).to(tl.float32)
+        xhat = h * rstd
+        if CENTER:
+            xhat -= tl.load(mean_ptr + at) * rstd
+        dres = dy * w * rstd + xhat * tl.load(sums_ptr + 2 * at)
+        if CENTER:
+            dres += tl.load(sums_ptr + 2 * at + 1)
+        _store_dx(
+            dres, dh_ptr, dx_ptr, dres_ptr, at, row, cols, mask, seed, threshold, keep_scale,
+            stride_dh, N, HAS_DH, HAS_DRES, DROPOUT,
+        )  # fmt: skip
+        dw += dy * xhat
         db += dy
     part_ptr += pid.to(tl.int64) * N
-    tl.store(part_ptr + cols, dw, mask=cols < N)
+    tl.store(part_ptr + cols, dw, mask=mask)
     if HAS_BIAS:
-        tl.store(part_ptr + count.to(tl.int64) * N + cols, db, mask=cols < N)
+        tl.store(part_ptr + count.to(tl.int64) * N + cols, db, mask=mask)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -260,23 +355,24 @@ def layer_norm_fwd(
     tensors = (rows, res, weight.contiguous(), None if bias is None else bias.contiguous())
     args = (*tensors, y, h, mean, rstd, seed, rows.stride(0), res.stride(0))
     numbers = (eps, round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
-    flags = {
-        "CENTER": center,
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_BIAS": bias is not None,
-        "DROPOUT": dropout_p > 0.0,
-    }
     with on_device(x):
-        tile = layer_norm_tile(N)
-        if N <= tile.block_n:
-            _fwd_kernel[(triton.cdiv(M, tile.block_m),)](
-                *args, M, N, *numbers, ROWS=tile.block_m, BLOCK_N=tile.block_n, **flags,
+        tile = layer_norm_tile(N, dropout=dropout_p > 0.0)
+        flags = {
+            "BLOCK_N": tile.block_n,
+            "FULL": N % tile.block_n == 0,
+            "CENTER": center,
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_BIAS": bias is not None,
+            "DROPOUT": dropout_p > 0.0,
+        }
+        if pieces := norm_pieces(N, tile.block_n):
+            P = min(triton.cdiv(M, tile.block_m), programs(x, tile.num_warps))
+            _fwd_kernel[(P,)](
+                *args, M, N, *numbers, ROWS=tile.block_m, PIECES=pieces, **flags,
                 **tile.options,
             )  # fmt: skip
         else:
-            _fwd_wide_kernel[(M,)](
-                *args, N, *numbers, BLOCK_N=tile.block_n, **flags, **tile.options
-            )
+            _fwd_wide_kernel[(M,)](*args, N, *numbers, **flags, **tile.options)
     return y, h, mean, rstd
 
 
@@ -297,33 +393,35 @@ def layer_norm_bwd(
         dw = torch.zeros_like(weight)
         return dx, dres, dw, torch.zeros_like(weight) if has_bias else weight.new_empty(0)
     strides = (dy_rows.stride(0), dh_rows.stride(0), h_rows.stride(0))
-    numbers = (round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
-    flags = {
-        "CENTER": center,
-        "HAS_DH": dh is not None,
-        "HAS_DRES": has_dres,
-        "DROPOUT": dropout_p > 0.0,
-    }
+    numbers = (M, N, round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
     inputs = (dy_rows, dh_rows, h_rows, weight.contiguous(), mean, rstd, dx, dres)
     with on_device(h):
-        tile = layer_norm_tile(N, backward=True)
-        wide = tile.block_n < N
-        P = min(triton.cdiv(M, 1 if wide else tile.block_m), programs(h, tile.num_warps))
+        tile = layer_norm_tile(N, backward=True, dropout=dropout_p > 0.0)
+        pieces = norm_pieces(N, tile.block_n)
+        options = tile.options | (all_registers() if has_dres else {})
+        shared = {"BLOCK_N": tile.block_n, "FULL": N % tile.block_n == 0, "CENTER": center}
+        flags = {
+            "HAS_BIAS": has_bias,
+            "HAS_DH": dh is not None,
+            "HAS_DRES": has_dres,
+            "DROPOUT": dropout_p > 0.0,
+        }
+        side, blocks = programs(h, tile.num_warps), triton.cdiv(N, tile.block_n)
+        P = min(triton.cdiv(M, tile.block_m), side if pieces else triton.cdiv(side, blocks))
         part = torch.empty((1 + has_bias, P, N), dtype=torch.float32, device=h.device)
-        if wide:
-            _bwd_wide_kernel[(M,)](
-                *inputs, seed, *strides, N, *numbers, BLOCK_N=tile.block_n, **flags, **tile.options
-            )
-            P = min(P, 64)  # column blocks share the work: few row groups are enough
-            part = torch.empty((1 + has_bias, P, N), dtype=torch.float32, device=h.device)
-            _bwd_wide_weight_kernel[(triton.cdiv(N, tile.block_n), P)](
-                dy_rows, h_rows, mean, rstd, part, strides[0], strides[2], M, N,
-                BLOCK_N=tile.block_n, CENTER=center, HAS_BIAS=has_bias, **tile.options,
+        if pieces:
+            _bwd_kernel[(P,)](
+                *inputs, part, seed, *strides, *numbers, ROWS=tile.block_m, PIECES=pieces,
+                **shared, **flags, **options,
             )  # fmt: skip
         else:
-            _bwd_kernel[(P,)](
-                *inputs, part, seed, *strides, M, N, *numbers, ROWS=tile.block_m,
-                BLOCK_N=tile.block_n, HAS_BIAS=has_bias, **flags, **tile.options,
+            sums = torch.empty((M, 2), dtype=torch.float32, device=h.device)
+            _bwd_wide_sums_kernel[(M,)](
+                *inputs[0:1], *inputs[2:6], sums, strides[0], strides[2], N, **shared,
+                **tile.options,
             )  # fmt: skip
-        sums = column_sum(part, weight.dtype)
-    return dx, dres, sums[0], sums[1] if has_bias else weight.new_empty(0)
+            _bwd_wide_kernel[(blocks, P)](
+                *inputs, part, seed, sums, *strides, *numbers, **shared, **flags, **tile.options
+            )
+        total = column_sum(part, weight.dtype)
+    return dx, dres, total[0], total[1] if has_bias else weight.new_empty(0)

@@ -212,22 +212,40 @@ def programs(x: Tensor, num_warps: int) -> int:
     )
 
 
-@tunable
-def layer_norm_tile(N: int, backward: bool = False) -> Tile:
-    """Rows x columns of a program: a row wider than the tile is walked over in chunks.
+def all_registers() -> dict[str, int]:
+    """A launch option for kernels near the limit: ptxas spills some to fit one more program."""
+    return {} if chip() == "interpreter" or chip().startswith("gfx") else {"maxnreg": 255}
 
-    A warp holds 1024 elements of a row, or half of that where registers do not suffice: for more
-    than 4096 columns, and in backward, which has sums to keep as well; there a quarter where it
-    holds several rows or a chunk. A row of up to that width is reduced without shared memory.
+
+def norm_pieces(N: int, block_n: int) -> int:
+    """In how many pieces of block_n columns a program holds a row of N; 0 if it cannot."""
+    pieces = triton.cdiv(N, block_n)
+    return pieces if pieces <= (3 if chip() == "interpreter" else 8) else 0
+
+
+@tunable
+def layer_norm_tile(N: int, backward: bool = False, dropout: bool = False) -> Tile:
+    """Rows x columns of a program, of which it holds a few beside each other: see norm_pieces.
+
+    A piece is 16 bytes a lane of a 16-bit row. As few warps hold a row as can without spills, of up
+    to 8192 columns; to draw dropout's bits takes registers as well.
     """
     if chip() == "interpreter":
-        return Tile(4, min(128, triton.next_power_of_2(N)), 1, 1)
-    if backward:
-        per_warp, widest = (512 if 256 < N <= 4096 else 256), (4096 if N <= 4096 else 2048)
-    else:
-        per_warp, widest = (1024 if N <= 4096 else 512), (8192 if N <= 8192 else 4096)
-    block_n = min(widest, triton.next_power_of_2(N))
-    return Tile(min(32, max(1, per_warp // block_n)), block_n, max(1, block_n // per_warp), 1)
+        return Tile(1 if N > 64 else 4, min(64, triton.next_power_of_2(N)), 1, 1)
+    if N <= 256:
+        block_n = triton.next_power_of_2(N)
+        return Tile(min(32, max(1, (256 if backward else 512) // block_n)), block_n, 1, 1)
+    per_warp, most, warps = 256, (2 if backward else 3) if dropout else (4 if backward else 8), 8
+    if chip().startswith("gfx9"):  # 64 lanes, and of 4 warps or fewer each has 512 registers
+        per_warp, most, warps = 512, (4 if backward or dropout else 8), (4 if dropout else 8)
+        if N <= 1024 and N % 512:
+            return Tile(2, 256, 1, 1)
+    if N > 4096:
+        most = min(most, 4)
+    needed = triton.next_power_of_2(triton.cdiv(N, per_warp * most))
+    if needed > warps:
+        return Tile(1, min(1024, triton.next_power_of_2(N // 8) // 2), 4, 1)  # too narrow to hold
+    return Tile(1, per_warp * needed, needed, 1)
 
 
 @tunable

@@ -177,7 +177,7 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
         ),
         *(
             layer_norm(N, dtype, stream, residual, bias, p)
-            for (dtype, stream), N in itertools.product(dtypes, (768, 8193))
+            for (dtype, stream), N in itertools.product(dtypes, (768, 1024, 1600, 4096, 16385))
             for residual, p, bias in flags
         ),
         *(
@@ -242,9 +242,9 @@ def test_every_kernel_compiles(target: str) -> None:
             attention(64, torch.bfloat16, 0.0),
             attention(64, torch.bfloat16, 0.0, with_=("bias", "document_ids")),
             layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1),
-            layer_norm(8193, torch.bfloat16, torch.bfloat16, False, True, 0.0),
+            layer_norm(16385, torch.bfloat16, torch.bfloat16, False, True, 0.0),
             rms_norm(576, torch.bfloat16, torch.bfloat16, True, 0.0),
-            rms_norm(8193, torch.bfloat16, torch.bfloat16, True, 0.0),
+            rms_norm(16385, torch.bfloat16, torch.bfloat16, True, 0.0),
             embedding(768, torch.bfloat16, torch.int64, True, 0.1),
             adamw(torch.float32, low=torch.bfloat16),
             cross_entropy(50257, torch.bfloat16, False),

@@ -37,7 +37,7 @@ def untouched() -> Iterator[None]:
 def cache(path: Path, **other: str) -> Path:
     """A file with one measured tile of layer norm."""
     row = {
-        "function": "layer_norm_tile", "key": "N=40, backward=False",
+        "function": "layer_norm_tile", "key": "N=40, backward=False, dropout=False",
         "tile": tuning.encode(TILE), "seconds": 1.0, "default_seconds": 2.0,
     }  # fmt: skip
     one = tuning.versions(GPU) | other | {"tiles": [row]}
@@ -59,7 +59,7 @@ def test_every_choice_of_tiles_can_be_tuned() -> None:
 def test_a_measured_tile_takes_the_place_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "chip", lambda: "sm_90")
     table = layer_norm_tile(768)
-    tuned.use_measured({("layer_norm_tile", "N=768, backward=False"): TILE})
+    tuned.use_measured({("layer_norm_tile", "N=768, backward=False, dropout=False"): TILE})
     assert layer_norm_tile(768) == layer_norm_tile(N=768, backward=False) == TILE
     assert layer_norm_tile(768, True) != TILE and layer_norm_tile(769) != TILE
     with tuned.measured({}):
@@ -78,7 +78,7 @@ def test_rows_say_what_speaks_for_them() -> None:
 def test_offline_compilation_knows_no_measured_tiles() -> None:
     from fastgpt.lab.compile import present
 
-    key = ("layer_norm_tile", "N=768, backward=False")
+    key = ("layer_norm_tile", "N=768, backward=False, dropout=False")
     with tuned.measured({key: TILE}), present("sm_90"):
         assert layer_norm_tile(768) != TILE
 
@@ -95,7 +95,7 @@ def test_a_tile_goes_through_json(tile: Any) -> None:
 
 def test_only_the_set_of_this_gpu_triton_and_fastgpt_counts(tmp_path: Path) -> None:
     sets = tuning.read(cache(tmp_path / "a"))
-    key = ("layer_norm_tile", "N=40, backward=False")
+    key = ("layer_norm_tile", "N=40, backward=False, dropout=False")
     assert tuning.measured_for(sets, GPU) == {key: TILE}
     assert tuning.measured_for(sets, "another") == {}
     for name in ("triton", "fastgpt"):
@@ -212,7 +212,10 @@ def test_tune_times_writes_and_uses(
     argv = ["tune", "rms_norm:M=3,N=20", "--device", device, "--rounds", "1", "--candidates", "1"]
     assert main([*argv, "--dtype", "float32", "--cache", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "layer_norm_tile(N=20, backward=True)" in out and "2 timed, 0 rejected" in out
+    assert (
+        "layer_norm_tile(N=20, backward=True, dropout=False)" in out
+        and "2 timed, 0 rejected" in out
+    )
     fastgpt.tune(["adamw:N=40"], dtype=torch.float32, device=device, rounds=1, candidates=1,
                  path=path, say=len)  # fmt: skip
     (one,) = tuning.read(path)

@@ -192,39 +192,45 @@ class Case:
 
 
 _LOSS = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
+_NORM = {
+    "_fwd_kernel": {
+        "launch": "M * N",
+        "loop": "ROWS * N",
+        "bytes": "size * (2 + 2 * HAS_RESIDUAL)",
+    },
+    "_fwd_wide_kernel": {
+        "launch": "M * N",
+        "loop": "N / cdiv(N, BLOCK_N)",
+        "bytes": "size * (2 + 2 * HAS_RESIDUAL)",
+    },
+    "_bwd_kernel": {
+        "launch": "M * N",
+        "loop": "ROWS * N",
+        "bytes": "size * (3 + HAS_DH + HAS_DRES)",
+    },
+    "_bwd_wide_sums_kernel": {
+        "launch": "M * N",
+        "loop": "N / cdiv(N, BLOCK_N)",
+        "bytes": "size * 2",
+    },
+    "_bwd_wide_kernel": {
+        "launch": "M * N",
+        "loop": "N / cdiv(N, BLOCK_N)",
+        "bytes": "size * (3 + HAS_DH + HAS_DRES)",
+    },
+}
 OPS = {
     "layer_norm": Case(
         _layer_norm,
         {"M": 8192, "N": 768, "dtype": "bf16", "dropout_p": 0.0, "residual": 1},
         tuple({"M": M, "N": 768} for M in (64, 128, 256)),
-        {
-            "_fwd_kernel": {"launch": "M * N", "bytes": "size * (2 + 2 * HAS_RESIDUAL)"},
-            "_fwd_wide_kernel": {
-                "launch": "M * N",
-                "loop": "N / cdiv(N, BLOCK_N)",
-                "bytes": "size * (2 + 2 * HAS_RESIDUAL)",
-            },
-            "_bwd_kernel": {
-                "launch": "M * N",
-                "loop": "ROWS * N",
-                "bytes": "size * (3 + HAS_DH + HAS_DRES)",
-            },
-            "_bwd_wide_kernel": {
-                "launch": "M * N",
-                "loop": "N / cdiv(N, BLOCK_N)",
-                "bytes": "size * (3 + HAS_DH + HAS_DRES)",
-            },
-            "_bwd_wide_weight_kernel": {
-                "launch": "M * N",
-                "loop": "N / cdiv(N, BLOCK_N)",
-                "bytes": "size * 2",
-            },
-        },
+        _NORM,
     ),
     "rms_norm": Case(
         _rms_norm,
         {"M": 8192, "N": 576, "dtype": "bf16", "dropout_p": 0.0},
         tuple({"M": M, "N": 576} for M in (64, 128, 256)),
+        _NORM,
     ),
     "embedding": Case(
         _embedding,

@@ -4,7 +4,7 @@ One JSON file. A set of tiles is for one GPU, one Triton and one fastgpt by name
 is used with just these:
 
     {"fastgpt tiles": 1, "sets": [{"gpu": ..., "triton": ..., "fastgpt": ..., "tiles": [
-        {"function": "layer_norm_tile", "key": "N=768, backward=False",
+        {"function": "layer_norm_tile", "key": "N=768, backward=False, dropout=False",
          "tile": {"type": "Tile", "block_m": 2, ...}, "seconds": ..., "default_seconds": ...}]}]}
 """
 

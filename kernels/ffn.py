@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.column_sum import column_sum
-from fastgpt.kernels.tiles import act_tile, ffn_tile, on_device
+from fastgpt.kernels.product import how_to_load, operands, place, product
+from fastgpt.kernels.tiles import act_tile, ffn_tile, has_ptx, interpreting, on_device
 
 WIDEST_FUSED = 2048
 
@@ -45,31 +46,56 @@ def fuses(x: Tensor) -> bool:
     return x.dtype != torch.float32 and x.shape[1] <= WIDEST_FUSED
 
 
+if interpreting():
+
+    @triton.jit
+    def _sigmoid(t, PTX: tl.constexpr):
+        """1 / (1 + 2^t)."""
+        return 1.0 / (1.0 + tl.math.exp2(t))
+
+else:
+
+    @triton.jit
+    def _sigmoid(t, PTX: tl.constexpr):
+        """1 / (1 + 2^t). NVIDIA's own instructions err by about 2^-22 of the value (PTX ISA, ex2
+        and rcp); guarded for denormal numbers, as Triton writes them, they are some more."""
+        if PTX:
+            e = tl.inline_asm_elementwise(
+                "ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
+            )
+            return tl.inline_asm_elementwise(
+                "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True,
+                pack=1,
+            )  # fmt: skip
+        else:
+            return 1.0 / (1.0 + tl.math.exp2(t))
+
+
 @triton.jit
-def _gate_of(u, ACT: tl.constexpr):
+def _sigmoid_of(u, ACT: tl.constexpr, PTX: tl.constexpr):
     """S of f(u) = u S, and the derivative of what the sigmoid is taken of."""
     if ACT == "silu":
-        return 1.0 / (1.0 + tl.math.exp2(u * -1.4426950408889634)), 1.0
+        return _sigmoid(u * -1.4426950408889634, PTX), 1.0
     else:
         u2 = u * u
-        t2 = u * tl.fma(u2, 0.07135481282553968, 1.5957691216057308)  # 2 t
-        dt2 = tl.fma(u2, 0.21406443847661904, 1.5957691216057308)
-        return 1.0 / (1.0 + tl.math.exp2(t2 * -1.4426950408889634)), dt2
+        minus_t2 = u * tl.fma(u2, -0.1029432346069663, -2.302208198144325)  # -2 t log2(e)
+        dt2 = tl.fma(u2, 0.21406443847661904, 1.5957691216057308)  # 2 t'
+        return _sigmoid(minus_t2, PTX), dt2
 
 
 @triton.jit
-def _act(u, ACT: tl.constexpr):
+def _act(u, ACT: tl.constexpr, PTX: tl.constexpr):
     if ACT == "relu":
         return tl.where(u < 0.0, 0.0, u)  # not the maximum, which drops NaN
     elif ACT == "gelu":
         return u * (0.5 + 0.5 * tl.math.erf(u * 0.7071067811865476))
     else:
-        s, _ = _gate_of(u, ACT)
+        s, _ = _sigmoid_of(u, ACT, PTX)
         return u * s
 
 
 @triton.jit
-def _act_and_grad(u, ACT: tl.constexpr):
+def _act_and_grad(u, ACT: tl.constexpr, PTX: tl.constexpr):
     if ACT == "relu":
         return tl.where(u < 0.0, 0.0, u), tl.where(u <= 0.0, 0.0, 1.0)
     elif ACT == "gelu":
@@ -77,79 +103,9 @@ def _act_and_grad(u, ACT: tl.constexpr):
         density = tl.math.exp2(u * u * -0.7213475204444817) * 0.3989422804014327
         return u * phi, tl.fma(u, density, phi)
     else:
-        s, dt = _gate_of(u, ACT)
+        s, dt = _sigmoid_of(u, ACT, PTX)
         act = u * s
         return act, tl.fma(act * (1.0 - s), dt, s)
-
-
-@triton.jit
-def _product(
-    a_ptr, b_ptr, c_ptr, start_m, start_n, stride_a, stride_b, stride_c, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, B_ROWS: tl.constexpr,
-    TWO: tl.constexpr,
-):  # fmt: skip
-    """One tile of the product of a (M, K) and b over K, in float32 [BLOCK_M, BLOCK_N]; if TWO,
-    that of a and c beside it, from the same a.
-
-    b and c are (N, K), read transposed, if B_ROWS; else (K, N). Rows beyond the edge read the last
-    one again, so that the loop needs no mask. Columns beyond it are masked: clamped, they would no
-    longer be known to lie side by side, and be read one by one.
-    """
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - start_m)
-    offs_n = tl.arange(0, BLOCK_N)
-    keep_n = offs_n[None, :] < N - start_n
-    a_ptr += start_m.to(tl.int64) * stride_a
-    a_offs = offs_m[:, None] * stride_a + offs_k[None, :]
-    if B_ROWS:
-        b_ptr += start_n.to(tl.int64) * stride_b
-        c_ptr += start_n.to(tl.int64) * stride_c
-        offs_n = tl.minimum(offs_n, N - 1 - start_n)
-        b_offs = offs_n[:, None] * stride_b + offs_k[None, :]
-        c_offs = offs_n[:, None] * stride_c + offs_k[None, :]
-    else:
-        b_ptr += start_n
-        b_offs = offs_k[:, None] * stride_b + offs_n[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    acc_c = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    step_b = BLOCK_K if B_ROWS else BLOCK_K * stride_b
-    for i in tl.range(0, K // BLOCK_K):
-        a = tl.load(a_ptr + i * BLOCK_K + a_offs)
-        at = b_ptr + tl.cast(i, tl.int64) * step_b + b_offs
-        if B_ROWS:
-            b = tl.trans(tl.load(at))
-        else:
-            b = tl.load(at, mask=keep_n, other=0.0)
-        acc = tl.dot(a, b, acc)
-        if TWO:
-            acc_c = tl.dot(a, tl.trans(tl.load(c_ptr + i * BLOCK_K + c_offs)), acc_c)
-    a_ptr += K // BLOCK_K * BLOCK_K
-    b_ptr += tl.cast(K // BLOCK_K, tl.int64) * step_b
-    rest = K % BLOCK_K
-    if rest > 0:
-        keep_k = offs_k[None, :] < rest
-        a = tl.load(a_ptr + a_offs, mask=keep_k, other=0.0)
-        if B_ROWS:
-            b = tl.trans(tl.load(b_ptr + b_offs, mask=keep_k, other=0.0))
-        else:
-            b = tl.load(b_ptr + b_offs, mask=(offs_k[:, None] < rest) & keep_n, other=0.0)
-        acc = tl.dot(a, b, acc)
-        if TWO:
-            c_ptr += K // BLOCK_K * BLOCK_K
-            acc_c = tl.dot(a, tl.trans(tl.load(c_ptr + c_offs, mask=keep_k, other=0.0)), acc_c)
-    return acc, acc_c
-
-
-@triton.jit
-def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Tile of this program: GROUP rows of tiles together, so that they share columns in L2."""
-    pid = tl.program_id(0)
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    first = pid // (GROUP * blocks_n) * GROUP
-    width = tl.minimum(GROUP, blocks_m - first)
-    within = pid % (GROUP * blocks_n)
-    return first + within % width, within // width
 
 
 @triton.jit
@@ -161,18 +117,18 @@ def _with_bias(u, b_ptr, cols, N, HAS_BIAS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _up_kernel(
-    x_ptr, w_ptr, v_ptr, b_ptr, c_ptr, pre_ptr, h_ptr, stride_x, stride_w, stride_v, M, N, K,
-    ACT: tl.constexpr, GATED: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr,
-    SAVE_PRE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    x, w, v, b_ptr, c_ptr, pre_ptr, h_ptr, stride_x, stride_w, stride_v, M, N, K,
+    ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_C: tl.constexpr, SAVE_PRE: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """u = x w^T + b; if GATED z = x v^T + c; h = f(u) or f(u) z."""
-    block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    """u = x w^T + b; if GATED z = x v^T + c; h = f(u) or f(u) z. x, w and v: see `product`."""
+    block_m, block_n = place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    u, z = _product(
-        x_ptr, w_ptr, v_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_x, stride_w, stride_v,
-        M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, True, GATED,
+    u, z = product(
+        x, w, v, block_m * BLOCK_M, block_n * BLOCK_N, stride_x, stride_w, stride_v, M, N, K,
+        BLOCK_M, BLOCK_N, BLOCK_K, True, GATED, LOADS,
     )  # fmt: skip
     mask = (rows[:, None] < M) & (cols[None, :] < N)
     at = rows[:, None].to(tl.int64) * N + cols[None, :]
@@ -180,7 +136,7 @@ def _up_kernel(
     u = _with_bias(u, b_ptr, cols, N, HAS_B).to(h_ptr.dtype.element_ty)
     if SAVE_PRE:
         tl.store(pre_ptr + at, u, mask=mask)
-    h = _act(u.to(tl.float32), ACT)
+    h = _act(u.to(tl.float32), ACT, PTX)
     if GATED:
         z = _with_bias(z, c_ptr, cols, N, HAS_C).to(h_ptr.dtype.element_ty)
         if SAVE_PRE:
@@ -190,10 +146,13 @@ def _up_kernel(
 
 
 @triton.jit
-def _through(dh, pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT: tl.constexpr,
-             GATED: tl.constexpr, SAVE_H: tl.constexpr):  # fmt: skip
+def _through(
+    dh, pre_ptr, dpre_ptr, h_ptr, at, mask, size,
+    ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr,
+):  # fmt: skip
     """Stores du, and dz if GATED, a tensor's size further on, and h if SAVE_H; -> du, dz."""
-    h, grad = _act_and_grad(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
+    u = tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    h, grad = _act_and_grad(u, ACT, PTX)
     dz = dh * h
     if GATED:
         z = tl.load(pre_ptr + size + at, mask=mask, other=0.0).to(tl.float32)
@@ -208,28 +167,48 @@ def _through(dh, pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT: tl.constexpr,
     return du, dz
 
 
+@triton.jit
+def _halves(t):
+    return t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _parts(t, PARTS: tl.constexpr):
+    """The columns of t in 2, 4 or 8 parts."""
+    a, b = _halves(t)
+    if PARTS == 2:
+        return a, b
+    else:
+        a, b = _halves(a), _halves(b)
+        if PARTS == 4:
+            return a[0], a[1], b[0], b[1]
+        else:
+            return _halves(a[0]) + _halves(a[1]) + _halves(b[0]) + _halves(b[1])
+
+
 @triton.jit(do_not_specialize=["M"])
 def _dh_kernel(
-    dy_ptr, w_ptr, pre_ptr, dpre_ptr, h_ptr, part_ptr, stride_dy, stride_w, M, N, K,
-    ACT: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    dy, w, pre_ptr, dpre_ptr, h_ptr, part_ptr, stride_dy, stride_w, M, N, K,
+    ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr,
+    SUM: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    block_m, block_n = place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    dh, _ = _product(
-        dy_ptr, w_ptr, w_ptr, block_m * BLOCK_M, block_n * BLOCK_N, stride_dy, stride_w, stride_w,
-        M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, False, False,
+    dh, _ = product(
+        dy, w, w, block_m * BLOCK_M, block_n * BLOCK_N, stride_dy, stride_w, stride_w, M, N, K,
+        BLOCK_M, BLOCK_N, BLOCK_K, False, False, LOADS,
     )  # fmt: skip
     size = M.to(tl.int64) * N
     part_ptr += block_m.to(tl.int64) * N
-    # One half of the columns at a time: all of them at once do not fit in registers.
-    halves = dh.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    for half in tl.static_range(2):
-        cols = block_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    # Some of the columns at a time: all of them at once do not fit in registers.
+    parts = _parts(dh, PARTS)
+    for part in tl.static_range(PARTS):
+        cols = block_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         mask = (rows[:, None] < M) & (cols[None, :] < N)
         at = rows[:, None].to(tl.int64) * N + cols[None, :]
         du, dz = _through(
-            halves[half], pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT, GATED, SAVE_H
+            parts[part], pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT, PTX, GATED, SAVE_H
         )
         if SUM:
             tl.store(part_ptr + cols, tl.sum(du, 0), mask=cols < N)
@@ -240,15 +219,15 @@ def _dh_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _act_kernel(
-    pre_ptr, h_ptr, M, N, ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    pre_ptr, h_ptr, M, N, ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """h of what the vendor made with its biases; in place of u if the pointers are equal."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (cols[None, :] < N)
     at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    h = _act(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT)
+    h = _act(tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32), ACT, PTX)
     if GATED:
         h *= tl.load(pre_ptr + M.to(tl.int64) * N + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
@@ -257,8 +236,8 @@ def _act_kernel(
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def _act_grad_kernel(
     dpre_ptr, pre_ptr, h_ptr, part_ptr, M, N, rows_each,
-    ACT: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dh, where du is to be, becomes du in place; the columns are summed per program."""
     first = tl.program_id(0) * rows_each
@@ -271,7 +250,7 @@ def _act_grad_kernel(
         mask = (rows[:, None] < M) & (cols[None, :] < N)
         at = rows[:, None].to(tl.int64) * N + cols[None, :]
         dh = tl.load(dpre_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        du, dz = _through(dh, pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT, GATED, SAVE_H)
+        du, dz = _through(dh, pre_ptr, dpre_ptr, h_ptr, at, mask, size, ACT, PTX, GATED, SAVE_H)
         total += du
         if GATED:
             total_z += dz
@@ -300,12 +279,15 @@ def _up_fused(
     (M, K), N = x.shape, len(ws[0])
     h = torch.empty((M, N), dtype=x.dtype, device=x.device)
     pre = torch.empty((len(ws), M, N), dtype=x.dtype, device=x.device) if save_pre else h
-    tile = ffn_tile(two=len(ws) == 2)
+    how = how_to_load(x, *ws)
+    tile = ffn_tile("up", len(ws) == 2, how)
+    x_, *ws_ = operands(how, tile, x, *ws, b_rows=True)
     _up_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-        x, ws[0], ws[-1], bs[0], bs[-1], pre, h, x.stride(0), ws[0].stride(0), ws[-1].stride(0),
-        M, N, K, ACT=activation, GATED=len(ws) == 2, HAS_B=bs[0] is not None,
-        HAS_C=bs[-1] is not None, SAVE_PRE=save_pre, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, GROUP=8, **tile.options,
+        x_, ws_[0], ws_[-1], bs[0], bs[-1], pre, h, x.stride(0), ws[0].stride(0),
+        ws[-1].stride(0), M, N, K, ACT=activation, PTX=has_ptx(),
+        GATED=len(ws) == 2, HAS_B=bs[0] is not None, HAS_C=bs[-1] is not None, SAVE_PRE=save_pre,
+        LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        GROUP=8, **tile.options,
     )  # fmt: skip
     return pre, h
 
@@ -325,8 +307,8 @@ def _up_vendor(
     tile = act_tile()
     if M > 0:
         _act_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
-            pre, h, M, N, ACT=activation, GATED=len(ws) == 2, BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n, **tile.options,
+            pre, h, M, N, ACT=activation, PTX=has_ptx(), GATED=len(ws) == 2,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip
     return pre, h
 
@@ -338,13 +320,15 @@ def _dh_fused(
     dy, w2 = _rows(dy), _rows(w2)
     (M, K), N = dy.shape, w2.shape[1]
     dpre = torch.empty_like(pre)
-    tile = ffn_tile()
+    how = how_to_load(dy, w2)
+    tile = ffn_tile("dh", len(pre) == 2, how)
     blocks_m = triton.cdiv(M, tile.block_m)
     part = torch.empty((len(pre), blocks_m, N), dtype=torch.float32, device=dy.device)
     _dh_kernel[(blocks_m * triton.cdiv(N, tile.block_n),)](
-        dy, w2, pre, dpre, h, part, dy.stride(0), w2.stride(0), M, N, K, ACT=activation,
-        GATED=len(pre) == 2, SAVE_H=save_h, SUM=sum_, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, GROUP=8, **tile.options,
+        *operands(how, tile, dy, w2, b_rows=False), pre, dpre, h, part, dy.stride(0), w2.stride(0),
+        M, N, K, ACT=activation, PTX=has_ptx(), GATED=len(pre) == 2, SAVE_H=save_h,
+        SUM=sum_, LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        GROUP=8, PARTS=tile.parts, **tile.options,
     )  # fmt: skip
     return dpre, part
 
@@ -362,8 +346,9 @@ def _dh_vendor(
     part = torch.zeros((len(pre), max(1, groups), N), dtype=torch.float32, device=dy.device)
     if M > 0:
         _act_grad_kernel[(groups, triton.cdiv(N, tile.block_n))](
-            dpre, pre, h, part, M, N, each, ACT=activation, GATED=len(pre) == 2, SAVE_H=save_h,
-            SUM=sum_, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
+            dpre, pre, h, part, M, N, each, ACT=activation, PTX=has_ptx(),
+            GATED=len(pre) == 2, SAVE_H=save_h, SUM=sum_, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip
     return dpre, part
 

@@ -257,21 +257,84 @@ def embedding_tile(C: int, backward: bool = False) -> Tile:
     return Tile(4 if backward else 2, block_n, 1, 1)
 
 
+def has_tma() -> bool:
+    """Whether tiles can be loaded through tensor descriptors in hardware: NVIDIA since Hopper."""
+    return chip() in ("sm_90", "sm_100", "sm_120")
+
+
+def interleaves() -> bool:
+    """Whether two products are made as one of interleaved rows; AMD's compiler takes no choice
+    between pointers."""
+    return not chip().startswith("gfx")
+
+
+def has_ptx() -> bool:
+    """Whether a kernel may hold instructions of NVIDIA's."""
+    return chip().startswith("sm_")
+
+
 @dataclass(frozen=True)
 class ProductTile(Tile):
     block_k: int = 32
+    parts: int = 2
+
+
+# Per chip: of x w1^T, of x w_gate^T and x w1^T side by side, of dy w2 and of that with a gate, in
+# 16-bit dtypes. The columns are those of one product. Parts: of the columns, one after the other in
+# the epilogue, so that registers suffice.
+_FFN_AMPERE = (
+    ProductTile(128, 256, 8, 4, 32),
+    ProductTile(128, 128, 8, 4, 32),
+    ProductTile(128, 256, 8, 3, 64, 4),
+    ProductTile(128, 256, 8, 3, 64, 8),
+)
+_FFN_GFX9 = (
+    ProductTile(256, 128, 8, 2, 64),
+    ProductTile(128, 128, 8, 2, 64),
+    ProductTile(256, 128, 8, 2, 64, 2),
+    ProductTile(256, 128, 8, 2, 64, 4),
+)
+_FFN: dict[str, tuple[ProductTile, ProductTile, ProductTile, ProductTile]] = {
+    "interpreter": (
+        ProductTile(32, 32, 4, 1, 16),
+        ProductTile(32, 32, 4, 1, 16),
+        ProductTile(32, 32, 4, 1, 16, 4),
+        ProductTile(32, 32, 4, 1, 16, 8),
+    ),
+    "sm_80": _FFN_AMPERE,
+    "sm_86": _FFN_AMPERE,
+    "sm_90": (
+        ProductTile(128, 256, 8, 4, 64),
+        ProductTile(128, 128, 8, 4, 64),
+        ProductTile(128, 256, 8, 4, 64, 4),
+        ProductTile(128, 256, 8, 4, 64, 8),
+    ),
+    "sm_100": (
+        ProductTile(128, 256, 8, 2, 128),
+        ProductTile(128, 128, 8, 2, 128),
+        ProductTile(128, 256, 8, 2, 128, 4),
+        ProductTile(128, 256, 8, 2, 128, 8),
+    ),
+    "sm_120": (
+        ProductTile(128, 256, 8, 2, 64),
+        ProductTile(128, 128, 8, 2, 64),
+        ProductTile(128, 256, 8, 2, 64, 4),
+        ProductTile(128, 256, 8, 3, 32, 8),
+    ),
+    "gfx9": _FFN_GFX9,
+    "gfx950": _FFN_GFX9,
+    "gfx11": 4 * (ProductTile(128, 128, 8, 2, 32),),
+}
 
 
 @tunable
-def ffn_tile(two: bool = False) -> ProductTile:
-    """Of the feed-forward's products, in 16-bit dtypes; two: of two products side by side."""
-    if chip() == "interpreter":
-        return ProductTile(32, 32, 4, 1, 16)
-    if two and not chip().startswith("gfx"):
-        return ProductTile(128, 64, 8, 3, 64)
-    if chip().startswith("gfx"):
-        return ProductTile(128, 128, 8, 2, 64 if chip().startswith("gfx9") else 32)
-    return ProductTile(128, 128, 8, 4, 64)
+def ffn_tile(kernel: str, gated: bool, how: str) -> ProductTile:
+    """Of a product of the feed-forward, "up" or "dh", whose operands are loaded as how says."""
+    where = chip()
+    if how != "descriptors" and has_tma():
+        where = "sm_86"  # addresses take registers too
+    rows = _FFN[where]
+    return rows[2 * (kernel == "dh") + gated]
 
 
 @tunable

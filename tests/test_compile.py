@@ -106,7 +106,7 @@ def ffn(
     def launch() -> None:
         x, w1, w2 = (torch.empty(s, dtype=dtype) for s in ((256, C), (512, C), (C, 512)))
         b1 = torch.empty(512, dtype=dtype) if bias else None
-        v, c = (w1, b1) if gated else (None, None)
+        v, c = (torch.empty_like(w1), b1) if gated else (None, None)
         y, pre, h = ffn_fwd(x, w1, b1, w2, None, v, c, activation, recompute < 2, recompute < 1)
         needs = [True, True, bias, True, False, gated, gated and bias]
         ffn_bwd(y, x, w1, b1, w2, v, c, pre, h, activation, needs)

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgpt
+from fastgpt.kernels import tiles
 from fastgpt.ops import ffn, ffn_ref, register_flop_formulas
 from fastgpt.ops.backend import INTERPRET
 from fastgpt.ops.ffn import ACTIVATIONS, FFNFunction
 from tests.check import assert_compiled_gradients_match, assert_matches, assert_one_graph
-from tests.conftest import DTYPES
+from tests.conftest import DTYPES, SANITIZED
 
 
 def inputs(
@@ -25,6 +26,13 @@ def inputs(
     if gated:
         x |= {"w_gate": torch.randn(F, C) * C**-0.5, "b_gate": torch.randn(F)}
     return {n: t.to(device, dtype) for n, t in x.items()}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the sanitizer, which takes a second for a tile of a GPU's, the interpreter's tiles."""
+    if SANITIZED and "real_tiles" not in request.keywords:
+        monkeypatch.setattr(tiles, "_FFN", dict.fromkeys(tiles._FFN, tiles._FFN["interpreter"]))
 
 
 def function(x: dict[str, Tensor], activation: str = "gelu_tanh", recompute: int = 1) -> Tensor:

@@ -281,6 +281,14 @@ OPS = {
             "save_h": "yes",
         },
         tuple({"M": M, "C": 256, "F": 512} for M in (128, 256, 512)),
+        {
+            "_act_kernel": {"launch": "M * F", "bytes": "size * (2 + GATED)"},
+            "_act_grad_kernel": {
+                "launch": "M * F",
+                "loop": "BLOCK_M * BLOCK_N",
+                "bytes": "size * (3 + SAVE_H + 2 * GATED)",
+            },
+        },
     ),
     "cross_entropy": Case(
         _cross_entropy,

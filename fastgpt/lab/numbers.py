@@ -232,6 +232,7 @@ def measure_op(case: Case) -> list[Number]:
         return compare(case, torch.device("cpu"), "interpreter")
     from ttsem import sanitize
 
+    semantics.teach()
     with sanitize.session(semantics.CHIP, races="off"):
         return compare(case, torch.device("cuda"), "ttsem")
 

@@ -121,7 +121,9 @@ def _listen(words: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     from ttsem import sanitize
 
     from fastgpt.lab.compile import record
+    from fastgpt.lab.semantics import teach
 
+    teach()
     found: dict[str, dict[str, Any]] = {}
     with sanitize.session(source=" ".join(words), races="off"):
         inner = JITFunction.run

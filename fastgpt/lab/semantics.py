@@ -37,6 +37,18 @@ def available() -> bool:
     return oldest and find_spec("ttsem") is not None
 
 
+def teach() -> None:
+    """Teach ttsem an instruction of NVIDIA's that fastgpt's kernels use and it does not know."""
+    from ttsem import ops
+
+    def reciprocal(x: Any) -> list[npt.NDArray[np.float32]]:
+        with np.errstate(divide="ignore"):
+            y = (1 / np.asarray(x, np.float32).astype(np.float64)).astype(np.float32)
+        return [np.where(np.abs(y) < np.finfo(np.float32).tiny, np.float32(0), y)]
+
+    ops.PTX_FRAGMENTS[ops._norm_asm("rcp.approx.ftz.f32 $0, $1;")] = (reciprocal, "div")
+
+
 @dataclass(frozen=True)
 class Touched:
     """For every element of a tensor: whether it was written, and read before it was."""
@@ -144,6 +156,7 @@ def run(
     """
     from ttsem import harness, interp, memory, sanitize
 
+    teach()
     if launch.grid is None:
         raise ValueError(f"lab: {launch.name} has no grid: it can be compiled, but not run")
     kernel = load_kernel(launch.kernel)

@@ -115,34 +115,56 @@ def _with_bias(u, b_ptr, cols, N, HAS_BIAS: tl.constexpr):
     return u
 
 
+@triton.jit
+def _halves(t):
+    return t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _parts(t, PARTS: tl.constexpr):
+    """The columns of t in 2, 4 or 8 parts, for an epilogue that takes one after the other: for all
+    of them at once there are not the registers."""
+    a, b = _halves(t)
+    if PARTS == 2:
+        return a, b
+    else:
+        a, b = _halves(a), _halves(b)
+        if PARTS == 4:
+            return a[0], a[1], b[0], b[1]
+        else:
+            return _halves(a[0]) + _halves(a[1]) + _halves(b[0]) + _halves(b[1])
+
+
 @triton.jit(do_not_specialize=["M"])
 def _up_kernel(
     x, w, v, b_ptr, c_ptr, pre_ptr, h_ptr, stride_x, stride_w, stride_v, M, N, K,
     ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr, HAS_B: tl.constexpr,
     HAS_C: tl.constexpr, SAVE_PRE: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """u = x w^T + b; if GATED z = x v^T + c; h = f(u) or f(u) z. x, w and v: see `product`."""
     block_m, block_n = place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     u, z = product(
         x, w, v, block_m * BLOCK_M, block_n * BLOCK_N, stride_x, stride_w, stride_v, M, N, K,
         BLOCK_M, BLOCK_N, BLOCK_K, True, GATED, LOADS,
     )  # fmt: skip
-    mask = (rows[:, None] < M) & (cols[None, :] < N)
-    at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    # Rounded, because backward makes h again from what is saved.
-    u = _with_bias(u, b_ptr, cols, N, HAS_B).to(h_ptr.dtype.element_ty)
-    if SAVE_PRE:
-        tl.store(pre_ptr + at, u, mask=mask)
-    h = _act(u.to(tl.float32), ACT, PTX)
-    if GATED:
-        z = _with_bias(z, c_ptr, cols, N, HAS_C).to(h_ptr.dtype.element_ty)
+    us, zs = _parts(u, PARTS), _parts(z, PARTS)
+    for part in tl.static_range(PARTS):
+        cols = block_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        mask = (rows[:, None] < M) & (cols[None, :] < N)
+        at = rows[:, None].to(tl.int64) * N + cols[None, :]
+        # Rounded, because backward makes h again from what is saved.
+        u = _with_bias(us[part], b_ptr, cols, N, HAS_B).to(h_ptr.dtype.element_ty)
         if SAVE_PRE:
-            tl.store(pre_ptr + M.to(tl.int64) * N + at, z, mask=mask)
-        h *= z.to(tl.float32)
-    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
+            tl.store(pre_ptr + at, u, mask=mask)
+        h = _act(u.to(tl.float32), ACT, PTX)
+        if GATED:
+            z = _with_bias(zs[part], c_ptr, cols, N, HAS_C).to(h_ptr.dtype.element_ty)
+            if SAVE_PRE:
+                tl.store(pre_ptr + M.to(tl.int64) * N + at, z, mask=mask)
+            h *= z.to(tl.float32)
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -167,25 +189,6 @@ def _through(
     return du, dz
 
 
-@triton.jit
-def _halves(t):
-    return t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _parts(t, PARTS: tl.constexpr):
-    """The columns of t in 2, 4 or 8 parts."""
-    a, b = _halves(t)
-    if PARTS == 2:
-        return a, b
-    else:
-        a, b = _halves(a), _halves(b)
-        if PARTS == 4:
-            return a[0], a[1], b[0], b[1]
-        else:
-            return _halves(a[0]) + _halves(a[1]) + _halves(b[0]) + _halves(b[1])
-
-
 @triton.jit(do_not_specialize=["M"])
 def _dh_kernel(
     dy, w, pre_ptr, dpre_ptr, h_ptr, part_ptr, stride_dy, stride_w, M, N, K,
@@ -201,7 +204,6 @@ def _dh_kernel(
     )  # fmt: skip
     size = M.to(tl.int64) * N
     part_ptr += block_m.to(tl.int64) * N
-    # Some of the columns at a time: all of them at once do not fit in registers.
     parts = _parts(dh, PARTS)
     for part in tl.static_range(PARTS):
         cols = block_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
@@ -287,7 +289,7 @@ def _up_fused(
         ws[-1].stride(0), M, N, K, ACT=activation, PTX=has_ptx(),
         GATED=len(ws) == 2, HAS_B=bs[0] is not None, HAS_C=bs[-1] is not None, SAVE_PRE=save_pre,
         LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP=8, **tile.options,
+        GROUP=8, PARTS=tile.parts, **tile.options,
     )  # fmt: skip
     return pre, h
 

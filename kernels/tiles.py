@@ -283,8 +283,8 @@ class ProductTile(Tile):
 # 16-bit dtypes. The columns are those of one product. Parts: of the columns, one after the other in
 # the epilogue, so that registers suffice.
 _FFN_AMPERE = (
-    ProductTile(128, 256, 8, 4, 32),
-    ProductTile(128, 128, 8, 4, 32),
+    ProductTile(128, 256, 8, 4, 32, 4),
+    ProductTile(128, 128, 8, 4, 32, 4),
     ProductTile(128, 256, 8, 3, 64, 4),
     ProductTile(128, 256, 8, 3, 64, 8),
 )

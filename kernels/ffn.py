@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastgpt.kernels.column_sum import column_sum
 from fastgpt.kernels.product import how_to_load, operands, place, product
-from fastgpt.kernels.tiles import act_tile, ffn_tile, has_ptx, interpreting, on_device
+from fastgpt.kernels.tiles import act_tile, ffn_parts, ffn_tile, has_ptx, interpreting, on_device
 
 WIDEST_FUSED = 2048
 
@@ -122,8 +122,7 @@ def _halves(t):
 
 @triton.jit
 def _parts(t, PARTS: tl.constexpr):
-    """The columns of t in 2, 4 or 8 parts, for an epilogue that takes one after the other: for all
-    of them at once there are not the registers."""
+    """The columns of t in 2, 4 or 8 parts."""
     a, b = _halves(t)
     if PARTS == 2:
         return a, b
@@ -265,7 +264,8 @@ def _act_grad_kernel(
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
+    """With columns side by side, and rows so near that 32 bits count the elements of a tile."""
+    return t if t.stride(1) == 1 and t.stride(0) < 1 << 22 else t.contiguous()
 
 
 Weights = tuple[Tensor, ...]  # w1, or w_gate and w1: the one that f is applied to comes first
@@ -289,7 +289,7 @@ def _up_fused(
         ws[-1].stride(0), M, N, K, ACT=activation, PTX=has_ptx(),
         GATED=len(ws) == 2, HAS_B=bs[0] is not None, HAS_C=bs[-1] is not None, SAVE_PRE=save_pre,
         LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP=8, PARTS=tile.parts, **tile.options,
+        GROUP=8, PARTS=ffn_parts(tile, len(ws) == 2), **tile.options,
     )  # fmt: skip
     return pre, h
 
@@ -330,7 +330,7 @@ def _dh_fused(
         *operands(how, tile, dy, w2, b_rows=False), pre, dpre, h, part, dy.stride(0), w2.stride(0),
         M, N, K, ACT=activation, PTX=has_ptx(), GATED=len(pre) == 2, SAVE_H=save_h,
         SUM=sum_, LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP=8, PARTS=tile.parts, **tile.options,
+        GROUP=8, PARTS=ffn_parts(tile, len(pre) == 2), **tile.options,
     )  # fmt: skip
     return dpre, part
 

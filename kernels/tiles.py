@@ -276,54 +276,52 @@ def has_ptx() -> bool:
 @dataclass(frozen=True)
 class ProductTile(Tile):
     block_k: int = 32
-    parts: int = 2
 
 
 # Per chip: of x w1^T, of x w_gate^T and x w1^T side by side, of dy w2 and of that with a gate, in
-# 16-bit dtypes. The columns are those of one product. Parts: of the columns, one after the other in
-# the epilogue, so that registers suffice.
+# 16-bit dtypes. The columns are those of one product.
 _FFN_AMPERE = (
-    ProductTile(128, 256, 8, 4, 32, 4),
-    ProductTile(128, 128, 8, 4, 32, 4),
-    ProductTile(128, 256, 8, 3, 64, 4),
-    ProductTile(128, 256, 8, 3, 64, 8),
+    ProductTile(128, 256, 8, 4, 32),
+    ProductTile(128, 128, 8, 4, 32),
+    ProductTile(128, 256, 8, 3, 64),
+    ProductTile(128, 256, 8, 3, 64),
 )
 _FFN_GFX9 = (
     ProductTile(256, 128, 8, 2, 64),
     ProductTile(128, 128, 8, 2, 64),
-    ProductTile(256, 128, 8, 2, 64, 2),
-    ProductTile(256, 128, 8, 2, 64, 4),
+    ProductTile(256, 128, 8, 2, 64),
+    ProductTile(256, 128, 8, 2, 64),
 )
 _FFN: dict[str, tuple[ProductTile, ProductTile, ProductTile, ProductTile]] = {
-    "interpreter": (
-        ProductTile(32, 32, 4, 1, 16),
-        ProductTile(32, 32, 4, 1, 16),
-        ProductTile(32, 32, 4, 1, 16, 4),
-        ProductTile(32, 32, 4, 1, 16, 8),
-    ),
+    "interpreter": 4 * (ProductTile(32, 32, 4, 1, 16),),
     "sm_80": _FFN_AMPERE,
     "sm_86": _FFN_AMPERE,
     "sm_90": (
         ProductTile(128, 256, 8, 4, 64),
         ProductTile(128, 128, 8, 4, 64),
-        ProductTile(128, 256, 8, 4, 64, 4),
-        ProductTile(128, 256, 8, 4, 64, 8),
+        ProductTile(128, 256, 8, 4, 64),
+        ProductTile(128, 256, 8, 4, 64),
     ),
     "sm_100": (
         ProductTile(128, 256, 8, 2, 128),
         ProductTile(128, 128, 8, 2, 128),
-        ProductTile(128, 256, 8, 2, 128, 4),
-        ProductTile(128, 256, 8, 2, 128, 8),
+        ProductTile(128, 256, 8, 2, 128),
+        ProductTile(128, 256, 8, 2, 128),
     ),
     "sm_120": (
         ProductTile(128, 256, 8, 2, 64),
         ProductTile(128, 128, 8, 2, 64),
-        ProductTile(128, 256, 8, 2, 64, 4),
-        ProductTile(128, 256, 8, 3, 32, 8),
+        ProductTile(128, 256, 8, 2, 64),
+        ProductTile(128, 256, 8, 3, 32),
     ),
     "gfx9": _FFN_GFX9,
     "gfx950": _FFN_GFX9,
-    "gfx11": 4 * (ProductTile(128, 128, 8, 2, 32),),
+    "gfx11": (
+        ProductTile(128, 128, 8, 2, 32),
+        ProductTile(128, 64, 8, 2, 32),
+        ProductTile(128, 128, 8, 2, 32),
+        ProductTile(128, 128, 8, 2, 32),
+    ),
 }
 
 
@@ -335,6 +333,16 @@ def ffn_tile(kernel: str, gated: bool, how: str) -> ProductTile:
         where = "sm_86"  # addresses take registers too
     rows = _FFN[where]
     return rows[2 * (kernel == "dh") + gated]
+
+
+def ffn_parts(tile: ProductTile, gated: bool) -> int:
+    """In how many parts an epilogue takes a tile's columns: a thread has 32 elements of a part, 16
+    with a gate. For all of them at once there are not the registers."""
+    if chip() == "interpreter":
+        return 8 if gated else 4
+    warp = 64 if chip().startswith("gfx9") else 32
+    each = tile.block_m * tile.block_n // (warp * tile.num_warps)
+    return min(8, max(2, each // (16 if gated else 32)))
 
 
 @tunable

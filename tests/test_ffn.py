@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgpt
-from fastgpt.kernels import tiles
+from fastgpt.kernels import product, tiles
+from fastgpt.kernels.ffn import _rows as rows
 from fastgpt.ops import ffn, ffn_ref, register_flop_formulas
 from fastgpt.ops.backend import INTERPRET
 from fastgpt.ops.ffn import ACTIVATIONS, FFNFunction
@@ -174,6 +175,74 @@ def test_expanded_gradient_and_leading_dimensions(device: str) -> None:
     want = torch.autograd.grad(reference()(**leaves).sum(), list(leaves.values()))
     for g, w in zip(got, want, strict=True):
         assert torch.allclose(g, w, atol=1e-5)
+
+
+WAYS = {"descriptors": (True, True), "interleaved": (False, True), "pointers": (False, False)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", WAYS)
+def test_every_way_to_load_gives_the_product(
+    how: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, answer in zip(("has_tma", "interleaves"), WAYS[how], strict=True):
+        monkeypatch.setattr(product, name, lambda answer=answer: answer)
+    x = inputs(35, 40, 48, dtype=torch.float16, device=device, gated=True)
+    assert product.how_to_load(x["x"], x["w1"], x["w_gate"]) == how
+    assert_matches(kernel(activation="silu"), reference(activation="silu"), x)
+
+
+def test_descriptors_are_for_aligned_rows_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "has_tma", lambda: True)
+    x = torch.empty(8, 64, dtype=torch.bfloat16)
+    assert product.how_to_load(x, x) == product.how_to_load(x[:, 8:40], x) == "descriptors"
+    for other in (x[:, 1:9], torch.empty_like(x[:, :60]), x[:1].expand(8, 64)):
+        assert product.how_to_load(other, x) == "pointers"
+
+
+def test_rows_too_far_apart_for_32_bits_are_copied() -> None:
+    far = torch.empty(256, 2**23, device="meta")[:, :8]
+    assert rows(far).stride(0) == 8
+    near = torch.empty(256, 4096, device="meta")
+    assert rows(near) is near
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [24, 2056])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_keeps_to_itself(bad: float, C: int, device: str) -> None:
+    """The last row too, which rows beyond the edge read again."""
+    x = inputs(5, C, 9, dtype=torch.float16, device=device, gated=True)
+    for row in (1, 4):
+        for activation in ("relu", "silu") if row == 1 else ("gelu_tanh",):
+            spoilt = x | {"x": x["x"].clone()}
+            spoilt["x"][row, 3] = bad
+            others = torch.arange(5) != row
+            got = []
+            for each in (x, spoilt):
+                leaf = each["x"].clone().requires_grad_()
+                y = kernel(activation=activation)(**each | {"x": leaf})
+                got.append((y.detach(), torch.autograd.grad(y.sum(), leaf)[0]))
+            for clean, other in zip(*got, strict=True):
+                assert torch.equal(clean[others.to(device)], other[others.to(device)])
+            assert not got[1][0][row].isfinite().any()
+
+
+@pytest.mark.gpu
+def test_rows_do_not_depend_on_the_others(device: str) -> None:
+    x = inputs(40, 24, 20, dtype=torch.float16, device=device, gated=True)
+    whole = kernel()(**x)
+    parts = [kernel()(**x | {"x": rows}) for rows in x["x"].split((1, 32, 7))]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.gpu
+def test_denormal_numbers_pass(device: str) -> None:
+    x = inputs(2, 8, 8, device=device)
+    x["x"] = x["x"] * 1e-39
+    x["b1"] = torch.zeros_like(x["b1"])
+    for activation in ("gelu_tanh", "silu"):
+        assert_matches(kernel(activation=activation), reference(activation=activation), x)
 
 
 @pytest.mark.gpu

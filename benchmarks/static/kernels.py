@@ -22,6 +22,7 @@ from fastgpt.lab.result import MEMORY, Counts, Row, from_json
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 HEAD_DIMS = (64, 128)
 WIDTHS = (768, 1024, 1600, 4096)
+VOCABULARIES = (50257, 50304)
 GLOBAL = tuple(kind for kind in MEMORY if kind.startswith("global"))
 Say = Callable[[str], None]
 
@@ -31,7 +32,8 @@ class Thing:
     """One thing that ours and theirs do.
 
     Attributes:
-        what, at: as in `benchmarks.peers.calls`; against: whose figures count, if others do.
+        what, at: as in `benchmarks.peers.calls`; against: what and at of the peers that it is held
+            against, if others.
         op: ours, as the lab names it; kernels: which of its kernels, by a regular expression.
         rule: "attention", "element" or "product".
     """
@@ -41,7 +43,7 @@ class Thing:
     op: str
     kernels: str
     rule: str
-    against: str = ""
+    against: tuple[str, str] | None = None
 
 
 def things() -> list[Thing]:
@@ -63,17 +65,21 @@ def things() -> list[Thing]:
                     Thing(f"{what}, forward", str(N), op, r"\._fwd", "element"),
                     Thing(f"{what}, backward", str(N), op, r"\._bwd", "element"),
                 ]
-        found.append(
-            Thing("GEMM epilogue, forward", str(N), f"ffn:C={N},F={4 * N}", r"\._up", "product",
-                  "matrix product")
-        )  # fmt: skip
-        found.append(
-            Thing("GEMM epilogue, backward", str(N), f"ffn:C={N},F={4 * N}", r"\._dact", "product",
-                  "matrix product")
-        )  # fmt: skip
-    for V in (50257, 50304):
-        op = f"linear_cross_entropy:V={V}"
-        found.append(Thing("cross-entropy, loss and gradient", str(V), op, r"\._both", "element"))
+        product = ("matrix product", "4096")
+        for way, kernel in (("forward", r"\._up"), ("backward", r"\._dact")):
+            op = f"ffn:C={N},F={4 * N}"
+            found.append(Thing(f"GEMM epilogue, {way}", str(N), op, kernel, "product", product))
+        if "embedding" in OPS:
+            op = f"embedding:C={N}"
+            found.append(Thing("embedding, forward", str(N), op, r"\._fwd", "element"))
+    for V in VOCABULARIES:
+        both = ("cross-entropy, loss and gradient", str(V))
+        if "linear_cross_entropy" in OPS:
+            op = f"linear_cross_entropy:V={V}"
+            found.append(Thing(*both, op, r"\._both", "element"))
+        if "cross_entropy" in OPS:
+            op, what = f"cross_entropy:V={V}", "cross-entropy, forward and backward"
+            found.append(Thing(what, str(V), op, r"\._(fwd|bwd)", "element", both))
     return found
 
 
@@ -204,9 +210,9 @@ def wide_bytes(counts: Counts) -> float:
 def best(found: Peers, target: str, thing: Thing) -> Best | None:
     """The best of all peers at one thing."""
     candidates = []
-    what = thing.against or thing.what
-    for (chip, name, at, who), rows in found.rows.items():
-        if (chip, name) != (target, what) or (at != thing.at and not thing.against):
+    key = (target, *(thing.against or (thing.what, thing.at)))
+    for (*of, who), rows in found.rows.items():
+        if tuple(of) != key:
             continue
         good = [row for row in rows if row.error is None and row.cost]
         groups: dict[str, list[Row]] = {}

@@ -74,7 +74,7 @@ def page(
 ) -> list[tuple[str, Table | list[str]]]:
     """Titles, and what stands under each: a table, or lines."""
     made: list[tuple[str, Table | list[str]]] = [("Goals met", summary(lines))]
-    for family in ("attention", "layer norm", "rms norm", "GEMM", "cross-entropy", "embedding"):
+    for family in ("attention", "layer norm", "rms norm", "embedding", "cross-entropy", "GEMM"):
         here = [line for line in compared if line.what.startswith(family)]
         if here:
             made.append((family[0].upper() + family[1:], matrix(here, targets)))

@@ -33,6 +33,7 @@ setup(
             "gguf>=0.19",  # GGUF files, and the test that loads one
             "hypothesis>=6.100",
             "liger-kernel>=0.8",  # a peer's kernels, for the lab
+            "matplotlib>=3.8",  # benchmarks.error_growth
             "kernels>=0.17",  # beside which fastgpt.kernels must import
             "mypy>=1.15",
             "playwright>=1.49",

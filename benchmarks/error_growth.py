@@ -157,7 +157,11 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     panels = growths(args.most)
-    say = (lambda what: print(what, file=sys.stderr)) if sys.stderr.isatty() else (lambda what: None)
+
+    def say(what: str) -> None:
+        if sys.stderr.isatty():
+            print(what, file=sys.stderr)
+
     series = measure(panels, say)
     print("largest size of each; root mean square error against float64, relative")
     print(f"{'':14} {'dtype':8} {'':9} {'kernel':>8} {'PyTorch':>8}")

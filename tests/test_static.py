@@ -1,21 +1,25 @@
 """The harness of the goals' table: what it counts, what it holds against what, what it writes."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import nn
 
+from benchmarks import error_growth
 from benchmarks.peers import calls, child
 from benchmarks.static import __main__ as command
 from benchmarks.static import kernels, report, step
 from benchmarks.static.kernels import Best, Peers, Thing
-from fastgpt import ops
+from fastgpt import ops, use
 from fastgpt.lab import analyse, cases
 from fastgpt.lab.result import Cost, Counts, Row, to_json
 from fastgpt.ops.backend import INTERPRET
-from tests.conftest import HAS_CUDA
+from tests.conftest import HAS_CUDA, ROOT
 
 pytestmark = [
     pytest.mark.compile,
@@ -181,8 +185,6 @@ def test_a_peers_launch_is_its_own_and_carries_what_it_works_through() -> None:
 
 
 def test_what_a_child_says_is_read_back() -> None:
-    import json
-
     about = {"what": "layer norm, forward", "at": "768", "peer": "a"}
     found = Peers()
     found.read("sm_80", json.dumps({**about, "row": to_json(row())}))
@@ -238,10 +240,43 @@ def test_the_tables_go_between_the_pages_marks(
     monkeypatch.setattr(kernels, "peers", lambda *how: Peers())
     thing = next(t for t in kernels.things() if t.what == "attention, forward" and t.at == "64")
     mine = row("attention._fwd_kernel", "sm_90", per_element=7.0)
-    monkeypatch.setattr(kernels, "ours", lambda *how: ([mine], [(thing, mine)]))
-    argv = ["--target", "sm_90", "--only", "attention", "--no-step", "--markdown", str(page)]
+    monkeypatch.setattr(kernels, "ours", lambda *how, **more: ([mine], [(thing, mine)]))
+    argv = ["--target", "sm_90", "--only", "attention", "--markdown", str(page)]
     assert command.main(argv) == 0
     text = page.read_text()
     assert text.startswith(f"before\n{command.BEGIN}\n") and text.endswith("-->\nafter\n")
     assert "old" not in text and "| attention, forward | 64 | U_ser | 0.50 – |" in text
     assert "compiles, fits, spills nothing" in capsys.readouterr().out
+
+
+PAGE = ROOT / "docs" / "performance.md"
+MADE_WITH = re.search(r"^Made with Triton ([\d.]+),", PAGE.read_text(), re.M)
+
+
+def test_the_page_says_of_a_few_kernels_what_they_are() -> None:
+    """Cheap: one size on one chip. `python -m benchmarks.static --markdown` writes the page."""
+    assert MADE_WITH is not None
+    if triton.__version__ != MADE_WITH[1]:
+        pytest.skip(f"docs/performance.md is of Triton {MADE_WITH[1]}")
+    table = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    heads = next(row for row in table if "sm_80" in row)
+    at = heads.index("sm_80")
+    for what, size in (("layer norm, forward", "768"), ("attention, forward", "64")):
+        thing = next(t for t in kernels.things() if (t.what, t.at) == (what, size))
+        launches = [
+            one for one in cases.launches(thing.op, "sm_80") if re.search(thing.kernels, one.name)
+        ]
+        rows = analyse.rows([(one, "sm_80") for one in launches], workers=0)
+        lines = kernels.of_thing(thing, "sm_80", Best("fastgpt", tuple(rows)), None)
+        for line in lines:
+            row = next(r for r in table if r[:3] == [f"| {what}", size, line.goal])
+            assert row[at].split()[0] == report.shown(line.ours), f"stale: {what} {line.goal}"
+
+
+def test_errors_do_not_outgrow_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure's numbers at small sizes, on the reference path: both are PyTorch's operators."""
+    monkeypatch.setattr(error_growth, "use", lambda path: use("reference"))
+    panels = error_growth.growths(most=64)
+    series = error_growth.measure(panels)
+    for *_, kernel, theirs in error_growth.worst([p for p in panels if p.sizes], series):
+        assert kernel <= 2 * theirs + 1e-6 and theirs < 1e-2

@@ -26,7 +26,7 @@ WIDTHS = (768, 1024, 1600, 4096)
 FEWER = (768, 4096)  # of peers that are behind another at every width
 HEAD_DIMS = (64, 128)
 VOCABULARIES = (50257, 50304)
-TILES = ((64, 4), (64, 8), (128, 8), (32, 4))  # of the tutorial's attention: BLOCK_N and warps
+TILES = ((64, 4), (64, 8), (32, 4), (128, 8))  # of the tutorial's attention: BLOCK_N and warps
 M = 8192  # rows: GPT-2's 8 x 1024 tokens
 
 
@@ -349,7 +349,7 @@ def tutorials(folder: Path) -> Iterator[Call]:
             tuned=lambda c, D=D: (
                 c.kwargs["BLOCK_M"] == 128
                 and c.num_stages in (1, 3)
-                and (c.kwargs["BLOCK_N"], c.num_warps) in TILES[: D // 32]
+                and (c.kwargs["BLOCK_N"], c.num_warps) in TILES
             ),
         )  # fmt: skip
         yield Call(

@@ -20,6 +20,7 @@ PACKAGES = (
     "liger-kernel", "fla-core", "torchnorm", "fasterkernels", "cut-cross-entropy", "unsloth",
     "flag-gems",
 )  # fmt: skip
+SECTIONS = ("compile", "traffic", "step")
 BEGIN, END = "<!-- begin: python -m benchmarks.static -->", "<!-- end -->"
 ABOUT = (
     "ours : the best peer's. ✓ met, ✗ not met, – nobody to be held against. U_max and U_ser: share "
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tutorials", type=Path, help="Triton's python/tutorials")
     parser.add_argument("--target", nargs="+", default=list(CHIPS), choices=CHIPS)
     parser.add_argument("--only", help="regular expression of what is compared: 'layer norm'")
-    parser.add_argument("--no-step", action="store_true", help="kernels only")
+    parser.add_argument("--skip", nargs="+", default=[], choices=SECTIONS, help="for want of time")
     parser.add_argument("--every-configuration", action="store_true", help="of peers' autotuners")
     parser.add_argument("--markdown", type=Path, help="replace the tables in this page")
     parser.add_argument("--json", type=Path, help="write all lines to this file")
@@ -122,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = kernels.peers(args.target, options, say, args.only)
     if not args.tutorials:
         found.missing["tutorials"] = "no package ships them: --tutorials DIR"
-    rows, pairs = kernels.ours(args.target, say, args.only)
+    rows, pairs = kernels.ours(args.target, say, args.only, everything="compile" not in args.skip)
     compiled = kernels.compiled(rows)
     compared = kernels.compared(found, args.target, pairs)
-    moved = [] if args.only else kernels.traffic(say)
-    steps = [] if args.no_step else step_lines(args.peers, args.tutorials)
+    moved = [] if args.only or "traffic" in args.skip else kernels.traffic(say)
+    steps = [] if args.only or "step" in args.skip else step_lines(args.peers, args.tutorials)
     lines = [*compiled, *compared, *moved, *steps]
     say("")
     made = report.page(lines, compiled, compared, [*moved, *steps], args.target, found.missing)

@@ -42,13 +42,13 @@ def layer_norms() -> Iterator[tuple[str, Call]]:
     x, w, b = leaf(16, 768), leaf(768), leaf(768)
     yield "fastgpt", lambda: ops.layer_norm(x, w, b)
     try:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # type: ignore
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
         yield "liger", lambda: LigerLayerNormFunction.apply(x, w, b, 1e-5)
     except ImportError:
         pass
     try:
-        from fla.modules.norm import layernorm  # type: ignore
+        from fla.modules.norm import layernorm
 
         untuned(layernorm)
         yield "fla", lambda: layernorm.layer_norm(x, w, b)

@@ -312,12 +312,26 @@ def compared(found: Peers, targets: Sequence[str], rows: Sequence[tuple[Thing, R
 
 
 def ours(
-    targets: Sequence[str], say: Say, only: str | None = None, workers: int | None = None
+    targets: Sequence[str],
+    say: Say,
+    only: str | None = None,
+    everything: bool = True,
+    workers: int | None = None,
 ) -> tuple[list[Row], list[tuple[Thing, Row]]]:
-    """fastgpt's kernels: all of them at all sizes, and those of each thing."""
+    """fastgpt's kernels: all of them at all sizes, and those of each thing.
+
+    Args:
+        only: a regular expression of things; everything: whether the others are compiled too.
+    """
     wanted = [t for t in things() if not only or re.search(only, t.what)]
-    ops = list(dict.fromkeys([*(() if only else subjects()), *(t.op for t in wanted)]))
-    jobs = [(op, one, t) for op in ops for t in targets for one in cases.launches(op, t)]
+    whole = subjects() if everything and not only else []
+    jobs = [
+        (op, one, target)
+        for op in dict.fromkeys([*whole, *(t.op for t in wanted)])
+        for target in targets
+        for one in cases.launches(op, target)
+        if op in whole or any(t.op == op and re.search(t.kernels, one.name) for t in wanted)
+    ]
 
     def progress(done: int, of: int, row: Row) -> None:
         say(f"fastgpt: {row.kernel} {row.target}, {done} of {of}")

@@ -196,7 +196,7 @@ def hugging_face(layers: int, heads: int, width: int, vocabulary: int, block: in
 
 def with_liger(model: nn.Module) -> nn.Module:
     """Liger's layer norm in every place, as its patching would put it."""
-    from liger_kernel.transformers import LigerLayerNorm  # type: ignore
+    from liger_kernel.transformers import LigerLayerNorm
 
     for module in list(model.modules()):
         for name, child in module.named_children():

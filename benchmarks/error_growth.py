@@ -71,11 +71,11 @@ def growths(most: int | None = None) -> list[Growth]:
         return lambda logits: f(logits, torch.arange(logits.shape[0]), reduction="sum")
 
     return [
-        Growth("attention", "context T", cut(16, 64, 256, 1024), qkv, ops.attention,
+        Growth("attention", "context T", cut(16, 64, 256, 512), qkv, ops.attention,
                ops.attention_ref),
-        Growth("layer norm", "width", cut(64, 768, 4096, 16384, 65536), rows, ops.layer_norm,
+        Growth("layer norm", "width", cut(64, 768, 4096, 16384), rows, ops.layer_norm,
                ops.layer_norm_ref),
-        Growth("feed-forward", "width", cut(64, 256, 1024, 4096), feed, ffn(ops.ffn),
+        Growth("feed-forward", "width", cut(64, 256, 1024), feed, ffn(ops.ffn),
                ffn(ops.ffn_ref)),
         Growth("cross-entropy", "vocabulary", cut(256, 4096, 50257), logits,
                loss(ops.cross_entropy), loss(ops.cross_entropy_ref)),
@@ -144,6 +144,8 @@ def draw(panels: list[Growth], series: Series, file: Path) -> None:
                     axis.plot(growth.sizes, values, style, marker=mark, color=colour, label=label,
                               markersize=3, linewidth=1)  # fmt: skip
         axis.set(xscale="log", yscale="log", title=growth.name, xlabel=growth.along)
+        axis.set_xticks(growth.sizes, [str(size) for size in growth.sizes])
+        axis.set_xticks([], minor=True)
     figure.supylabel("relative error against float64")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncol=4, fontsize=7, loc="outside lower center")

@@ -241,7 +241,8 @@ def test_the_tables_go_between_the_pages_marks(
     thing = next(t for t in kernels.things() if t.what == "attention, forward" and t.at == "64")
     mine = row("attention._fwd_kernel", "sm_90", per_element=7.0)
     monkeypatch.setattr(kernels, "ours", lambda *how, **more: ([mine], [(thing, mine)]))
-    argv = ["--target", "sm_90", "--only", "attention", "--markdown", str(page)]
+    argv = ["--target", "sm_90", "--only", "attention", "--skip", "step"]
+    argv += ["--markdown", str(page)]
     assert command.main(argv) == 0
     text = page.read_text()
     assert text.startswith(f"before\n{command.BEGIN}\n") and text.endswith("-->\nafter\n")

@@ -100,7 +100,7 @@ def main() -> None:
                 say(peer=name, error=f"{type(error).__name__}: {error}"[:300])
                 continue
             for call in found:
-                if args.only and not re.search(args.only, f"{call.peer} {call.what} {call.at}"):
+                if args.only and not re.search(args.only, call.what):
                     continue
                 about = {"what": call.what, "at": call.at, "peer": call.peer}
                 try:

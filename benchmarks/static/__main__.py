@@ -31,10 +31,17 @@ ABOUT = (
 )
 
 
+_said = 0.0
+
+
 def say(what: str) -> None:
-    """Progress, on one line of the terminal."""
+    """Progress, on one line of the terminal; elsewhere a line every ten seconds."""
+    global _said
     if sys.stderr.isatty():
         print(f"\r\x1b[K{what[:100]}", end="", file=sys.stderr, flush=True)
+    elif what and time.monotonic() > _said + 10:
+        _said = time.monotonic()
+        print(what, file=sys.stderr, flush=True)
 
 
 def versions(peers: Path | None) -> str:
@@ -109,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", type=Path, help="a folder of pip install --no-deps --target")
     parser.add_argument("--tutorials", type=Path, help="Triton's python/tutorials")
+    parser.add_argument("--keep", type=Path, help="a folder for the peers' rows: used if there")
     parser.add_argument("--target", nargs="+", default=list(CHIPS), choices=CHIPS)
     parser.add_argument("--only", help="regular expression of what is compared: 'layer norm'")
     parser.add_argument("--skip", nargs="+", default=[], choices=SECTIONS, help="for want of time")
@@ -120,14 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = [w for n in ("peers", "tutorials") if (v := getattr(args, n))
                for w in (f"--{n}", str(v.resolve()))]  # fmt: skip
     options += ["--every-configuration"] * args.every_configuration
-    found = kernels.peers(args.target, options, say, args.only)
+    found = kernels.peers(args.target, options, say, args.only, args.keep)
     if not args.tutorials:
         found.missing["tutorials"] = "no package ships them: --tutorials DIR"
     rows, pairs = kernels.ours(args.target, say, args.only, everything="compile" not in args.skip)
     compiled = kernels.compiled(rows)
     compared = kernels.compared(found, args.target, pairs)
     moved = [] if args.only or "traffic" in args.skip else kernels.traffic(say)
-    steps = [] if args.only or "step" in args.skip else step_lines(args.peers, args.tutorials)
+    steps = [] if "step" in args.skip else step_lines(args.peers, args.tutorials)
     lines = [*compiled, *compared, *moved, *steps]
     say("")
     made = report.page(lines, compiled, compared, [*moved, *steps], args.target, found.missing)

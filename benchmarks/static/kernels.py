@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastgpt import lab
 from fastgpt.lab import analyse, cases
@@ -66,7 +67,7 @@ def things() -> list[Thing]:
                     Thing(f"{what}, backward", str(N), op, r"\._bwd", "element"),
                 ]
         product = ("matrix product", "4096")
-        for way, kernel in (("forward", r"\._up"), ("backward", r"\._dact")):
+        for way, kernel in (("forward", r"\._up"), ("backward", r"\._d")):
             op = f"ffn:C={N},F={4 * N}"
             found.append(Thing(f"GEMM epilogue, {way}", str(N), op, kernel, "product", product))
         if "embedding" in OPS:
@@ -120,14 +121,30 @@ class Peers:
 
 
 def peers(
-    targets: Sequence[str], arguments: Sequence[str], say: Say, only: str | None = None
+    targets: Sequence[str],
+    arguments: Sequence[str],
+    say: Say,
+    only: str | None = None,
+    keep: Path | None = None,
 ) -> Peers:
-    """Compile what peers launch, a process a chip, as many at once as there are cores."""
+    """Compile what peers launch, a process a chip, as many at once as there are cores.
+
+    Args:
+        arguments: of `benchmarks.peers.child`.
+        keep: a folder; chips whose rows are there are not compiled, those of others are put there.
+    """
     found = Peers()
     options = list(arguments) + (["--only", only] if only else [])
 
     def one(target: str) -> None:
         skip: list[str] = []
+        files = sorted(keep.glob(f"{target}*.jsonl")) if keep else []
+        if files:
+            for file in files:
+                for line in file.read_text().splitlines():
+                    if not line.startswith('{"key"'):
+                        found.read(target, line)
+            return
         while True:
             command = [sys.executable, "-m", "benchmarks.peers.child", target, *options]
             command += [word for key in skip for word in ("--skip", key)]
@@ -147,6 +164,9 @@ def peers(
             skip.append(under_way)  # the compiler ended the process on it
         for line in rows:
             found.read(target, line)
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / f"{target}.jsonl").write_text("".join(rows))
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(one, targets))

@@ -25,7 +25,7 @@ def matrix(lines: Sequence[Line], targets: Sequence[str]) -> tuple[list[str], li
     rows = []
     for key in dict.fromkeys((line.what, line.at, line.goal) for line in lines):
         here = {line.target: line for line in lines if (line.what, line.at, line.goal) == key}
-        who = ", ".join(dict.fromkeys(line.who for line in here.values() if line.who))
+        who = "; ".join(dict.fromkeys(line.who for line in here.values() if line.who))
         cells = [cell(here[t]) if t in here else "" for t in targets]
         rows.append([*key, *cells, who])
     return heads, rows

@@ -14,7 +14,7 @@ third layer adds to two.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from fastgpt.lab.compile import capture, present
+from fastgpt.lab.compile import present
 from fastgpt.lab.memory import of_model
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops import backend
@@ -38,7 +38,11 @@ _BLOCK = (3 * 768 * 768, 3 * 768, 768 * 768, 768, *(2 * (4 * 768 * 768,)), 4 * 7
 GPT2_SIZES = (50257 * 768, 1024 * 768, *(12 * _BLOCK), 768, 768)  # of its parameters, elements
 PLAIN, HUGGING_FACE = "nanoGPT-like", "Hugging Face, SDPA"
 PATCHED = "Hugging Face, Liger's layer norm and torch's GELU"
-ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+# They allocate, or write what is said of a tensor and not its elements.
+NO_KERNEL = (
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach_", "set_",
+    "resize_", "requires_grad_",
+)  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
@@ -60,7 +64,7 @@ class Launches(TorchDispatchMode):
                 return kernel.call_boxed(keys, *args, **kwargs)
         out = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        if name not in ALLOCATES and launches_kernel(func, (args, kwargs), out):
+        if name not in NO_KERNEL and launches_kernel(func, (args, kwargs), out):
             self.names.append(str(func))
             lists = [a for a in (*args, *kwargs.values()) if isinstance(a, list | tuple)]
             if name.startswith(("_foreach", "_fused")):
@@ -121,15 +125,32 @@ class Counted:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[list[Any]]:
-    """Inside, fastgpt's ops take their kernels, and what Triton would launch is written down."""
-    with capture("sm_90") as found, backend.rehearsal(), backend.use("triton"):
-        yield found
+def nothing_runs() -> Iterator[list[str]]:
+    """Inside, a Triton launch is noted by its kernel's name, and does nothing."""
+    names: list[str] = []
+    real = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+
+    with present("sm_90"):
+        JITFunction.run = run
+        try:
+            yield names
+        finally:
+            JITFunction.run = real
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[list[str]]:
+    """Inside, fastgpt's ops take their kernels, which do nothing."""
+    with nothing_runs() as names, backend.rehearsal(), backend.use("triton"):
+        yield names
 
 
 def count(provider: str, step: Step, kernels: bool = False) -> Counted:
     """Launches of a step. It runs once before, since an optimizer's first step makes its state."""
-    context: AbstractContextManager[list[Any]] = as_on_a_gpu() if kernels else nullcontext([])
+    context: AbstractContextManager[list[str]] = as_on_a_gpu() if kernels else nullcontext([])
     with context as found:
         step()
         found.clear()
@@ -262,18 +283,6 @@ def launches(layers: int = 12) -> list[Counted]:
 # Memory
 
 
-@contextmanager
-def nothing_runs() -> Iterator[None]:
-    """Inside, a Triton launch does nothing: for other people's functions on fake tensors."""
-    real = JITFunction.run
-    with present("sm_90"):
-        JITFunction.run = lambda self, *args, grid, warmup, **kwargs: None
-        try:
-            yield
-        finally:
-            JITFunction.run = real
-
-
 def a_layers_bytes(make: Callable[..., nn.Module], kernels: bool = False, **how: Any) -> float:
     """Bytes for backward that one more layer of GPT-2 small adds, a token."""
     B, T, C = 2, 1024, 768
@@ -284,11 +293,7 @@ def a_layers_bytes(make: Callable[..., nn.Module], kernels: bool = False, **how:
             idx = torch.zeros(B, T, dtype=torch.int64)
             return model, lambda: model(idx, idx)
 
-        with ExitStack() as stack:
-            stack.enter_context(nothing_runs())
-            if kernels:
-                stack.enter_context(backend.rehearsal())
-                stack.enter_context(backend.use("triton"))
+        with as_on_a_gpu() if kernels else nothing_runs():
             return of_model(build)
 
     return (measured(3) - measured(2)) / (B * T)

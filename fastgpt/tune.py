@@ -205,6 +205,8 @@ def near(tile: Any) -> Iterator[Any]:
             steps[f.name] = tuple(n for n in (value - 1, value, value + 1) if n >= 1)
         elif f.name == "num_warps":
             steps[f.name] = tuple(n for n in (value // 2, value, value * 2) if 1 <= n <= 16)
+        elif isinstance(value, bool):
+            steps[f.name] = (value, not value)
         elif isinstance(value, int):
             steps[f.name] = tuple(n for n in (value // 2, value, value * 2) if n >= 1)
     every = (

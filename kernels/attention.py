@@ -31,8 +31,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.tiles import attention_flags, attention_tiles, on_device, padded_head_dim
+from fastgpt.kernels.tiles import (
+    Tile,
+    attention_flags,
+    attention_tiles,
+    on_device,
+    padded_head_dim,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Dropping the lower half of a float32's bits takes 0.0028 of it on average (1 / (512 ln 2), the
@@ -186,17 +193,28 @@ def _tile(ptr, stride_t, offs_t, offs_d, T, D, MASK_T: tl.constexpr, PAD_D: tl.c
 
 
 @triton.jit
+def _block(
+    ptr, b, h, start, stride_t, offs_t, offs_d, T, D,
+    MASK_T: tl.constexpr, PAD_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows start + offs_t of one head: ptr is that head's, or with TMA describes all heads."""
+    if TMA:
+        return ptr.load([b, start, h, 0]).reshape(offs_t.shape[0], offs_d.shape[0])
+    else:
+        at = ptr + tl.cast(start, tl.int64) * stride_t
+        return _tile(at, stride_t, offs_t, offs_d, T - start, D, MASK_T, PAD_D)
+
+
+@triton.jit
 def _fwd_block(
-    acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left, right,
-    qk_scale, seed, bh, threshold, Tq, mods,
+    acc, n_i, l_i, q, k_ptr, v_ptr, b, hk, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left,
+    right, qk_scale, seed, bh, threshold, Tq, mods,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     offs_n = _shown(tl.arange(0, BLOCK_N), start_n, Tk, mods[6])
     offs_d = tl.arange(0, BLOCK_D)
-    start = tl.cast(start_n, tl.int64)
-    end = Tk - start_n
-    k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
+    k = _block(k_ptr, b, hk, start_n, stride_kt, offs_n, offs_d, Tk, D, MASKED, PAD_D, TMA)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     s, _bend = _logits(s, offs_m[:, None], t_m[:, None], (start_n + offs_n)[None, :], Tq, Tk, mods)
     if MASKED:
@@ -215,7 +233,7 @@ def _fwd_block(
         l_i = tl.fma(l_i, alpha, tl.sum(p, 1))
     if DROPOUT:
         p = tl.where(kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold), p, 0.0)
-    v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)
+    v = _block(v_ptr, b, hk, start_n, stride_vt, offs_n, offs_d, Tk, D, MASKED, PAD_D, TMA)
     acc = tl.dot(_narrow(p, v.dtype, TRUNCATE), v, acc * alpha[:, None], input_precision="ieee")
     return acc, n_new, l_i
 
@@ -229,7 +247,7 @@ def _fwd_kernel(
     inner, cap, slopes_ptr, stride_sb, stride_sh, bias_ptr, stride_bb, stride_bh, stride_bm,
     stride_bn, mask_ptr, mask_ends_ptr, ids_ptr, ids_ends_ptr, cu_q_ptr, cu_k_ptr, total,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # Programs go band by band of heads whose keys fit the L2 cache, in a band last queries first.
     pid = tl.program_id(0)
@@ -242,8 +260,10 @@ def _fwd_kernel(
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh + start_m.to(tl.int64) * stride_qt
-    k_ptr += b * stride_kb + h // groups * stride_kh
-    v_ptr += b * stride_vb + h // groups * stride_vh
+    b32, hk = b.to(tl.int32), (h // groups).to(tl.int32)
+    if not TMA:
+        k_ptr += b * stride_kb + h // groups * stride_kh
+        v_ptr += b * stride_vb + h // groups * stride_vh
     o_ptr += b * stride_ob + h * stride_oh + start_m.to(tl.int64) * stride_ot
     row = bh.to(tl.int64) * Tq
     if cu_q_ptr is not None:
@@ -298,16 +318,16 @@ def _fwd_kernel(
     else:
         for n in tl.range(n_full, n_unfull):
             acc, n_i, l_i = _fwd_block(
-                acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m, offs_m, Tk,
-                D, left, right, qk_scale, seed, bh, threshold, Tq, mods,
-                BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS,
+                acc, n_i, l_i, q, k_ptr, v_ptr, b32, hk, stride_kt, stride_vt, n * BLOCK_N, t_m,
+                offs_m, Tk, D, left, right, qk_scale, seed, bh, threshold, Tq, mods,
+                BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS, TMA,
             )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
         acc, n_i, l_i = _fwd_block(
-            acc, n_i, l_i, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D,
-            left, right, qk_scale, seed, bh, threshold, Tq, mods,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS,
+            acc, n_i, l_i, q, k_ptr, v_ptr, b32, hk, stride_kt, stride_vt, start_n, t_m, offs_m,
+            Tk, D, left, right, qk_scale, seed, bh, threshold, Tq, mods,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS, TMA,
         )  # fmt: skip
 
     if PARTS:
@@ -335,6 +355,23 @@ def _strides(t: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     """Of B, T and H; sequences that lie end to end are found by their rows, so their B has none."""
     b, t_, h, _ = t.stride()
     return (b if cu_seqlens is None else 0), t_, h
+
+
+def _loaded(
+    tile: Tile, block_t: int, a: Tensor, b: Tensor, common: dict[str, Any]
+) -> tuple[Any, Any, bool]:
+    """a and b, or descriptors of their blocks of rows if wanted and possible; and which."""
+    pair = []
+    # A block that reaches over the end of a sequence, or over hidden keys, is masked as it loads.
+    wanted = tile.descriptors and common["cu_q_ptr"] is None and common["mask_ptr"] is None
+    for t in (a, b):
+        strides = [s if n > 1 else 16 for n, s in zip(t.shape, t.stride(), strict=True)][:3]
+        odd = t.data_ptr() % 16 or any(s <= 0 or s * t.element_size() % 16 for s in strides)
+        if odd or not wanted:
+            return a, b, False
+        block = [1, block_t, 1, padded_head_dim(t.shape[3])]
+        pair.append(TensorDescriptor(t, list(t.shape), [*strides, 1], block))
+    return pair[0], pair[1], True
 
 
 def _ends(ids: Tensor) -> Tensor:
@@ -434,11 +471,12 @@ def attention_fwd(
         tile = attention_tiles(q.dtype, padded_head_dim(D), dropout_p > 0.0, extras).fwd
         band = max(1, L2_BYTES // max(1, 2 * common["Tk"] * D * k.element_size()))
         BH = H * (B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
+        k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
         _fwd_kernel[(triton.cdiv(common["Tq"], tile.block_m) * BH,)](
-            q, k, v, o, lse, seed,
+            q, k_in, v_in, o, lse, seed,
             *_strides(q, cu_seqlens_q), *_strides(k, cu_seqlens_q), *_strides(v, cu_seqlens_q),
             *_strides(o, cu_seqlens_q),
-            BH=BH, band=min(band, BH), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BH=BH, band=min(band, BH), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TMA=tma,
             **common, **tile.options,
         )  # fmt: skip
     return o, lse

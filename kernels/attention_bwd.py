@@ -28,9 +28,11 @@ from fastgpt.kernels.attention import (
     ENDS,
     KEPT,
     LOG2E,
+    _block,
     _bounds,
     _common,
     _ids_span,
+    _loaded,
     _logits,
     _narrow,
     _rows,
@@ -84,18 +86,16 @@ def _delta_kernel(
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k, v, q_ptr, do_ptr, nlse_ptr, ndelta_ptr, stride_qt, stride_dt, start_m, offs_n, shift,
-    Tq, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale, mods,
+    dk, dv, k, v, q_ptr, do_ptr, b, h, nlse_ptr, ndelta_ptr, stride_qt, stride_dt, start_m, offs_n,
+    shift, Tq, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale, mods,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     in_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = start_m + in_m
-    start = tl.cast(start_m, tl.int64)
-    end = Tq - start_m
-    q = _tile(q_ptr + start * stride_qt, stride_qt, in_m, offs_d, end, D, MASKED, PAD_D)
-    do = _tile(do_ptr + start * stride_dt, stride_dt, in_m, offs_d, end, D, MASKED, PAD_D)
+    q = _block(q_ptr, b, h, start_m, stride_qt, in_m, offs_d, Tq, D, MASKED, PAD_D, TMA)
+    do = _block(do_ptr, b, h, start_m, stride_dt, in_m, offs_d, Tq, D, MASKED, PAD_D, TMA)
     if MASKED:
         nlse = tl.load(nlse_ptr + offs_m, mask=offs_m < Tq, other=0.0)
         ndelta = tl.load(ndelta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
@@ -118,7 +118,10 @@ def _dkdv_block(
     else:
         pd = pt
     dv = tl.dot(_narrow(pd, do.dtype, TRUNCATE), do, dv, input_precision="ieee")
-    dst = pt * (dpt + ndelta[None, :])
+    if PARTS:
+        dst = pt * (dpt + ndelta[None, :])  # Triton starts the product at -delta
+    else:
+        dst = tl.fma(pt, dpt, pt * ndelta[None, :])
     if mods[1] is not None:
         dst = dst * bend
     dk = tl.dot(_narrow(dst, q.dtype, TRUNCATE), q, dk, input_precision="ieee")
@@ -134,7 +137,7 @@ def _dkdv_kernel(
     inner, cap, slopes_ptr, stride_sb, stride_sh, bias_ptr, stride_bb, stride_bh, stride_bm,
     stride_bn, mask_ptr, mask_ends_ptr, ids_ptr, ids_ends_ptr, cu_q_ptr, cu_k_ptr, total,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     heads = H // groups
     blocks = tl.cdiv(Tk, BLOCK_N)
@@ -194,24 +197,28 @@ def _dkdv_kernel(
             None if mask_ptr is None else mask_ptr + b * Tk,
             None if ids_ptr is None else ids_ptr + b * Tk,
         )  # fmt: skip
-        q_head = q_ptr + b * stride_qb + h * stride_qh
-        do_head = do_ptr + b * stride_db + h * stride_dh
         qh = (b * H + h).to(tl.int32)
+        b32, h32 = b.to(tl.int32), h.to(tl.int32)
+        if TMA:
+            q_head, do_head = q_ptr, do_ptr
+        else:
+            q_head = q_ptr + b * stride_qb + h * stride_qh
+            do_head = do_ptr + b * stride_db + h * stride_dh
         if mask_ptr is None and ids_ptr is None:
             for m in tl.range(m_full, m_unfull):
                 dk, dv = _dkdv_block(
-                    dk, dv, k, v, q_head, do_head, nlse_ptr + row, ndelta_ptr + row, stride_qt,
-                    stride_dt, m * BLOCK_M, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed,
-                    qh, threshold, keep_scale, mods,
-                    BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS,
+                    dk, dv, k, v, q_head, do_head, b32, h32, nlse_ptr + row, ndelta_ptr + row,
+                    stride_qt, stride_dt, m * BLOCK_M, offs_n, shift, Tq, Tk, D, left, right,
+                    qk_scale, seed, qh, threshold, keep_scale, mods,
+                    BLOCK_M, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS, TMA,
                 )  # fmt: skip
         for m in tl.range(m_first, m_last - (m_unfull - m_full)):
             start_m = tl.where(m < m_full, m, m + (m_unfull - m_full)) * BLOCK_M
             dk, dv = _dkdv_block(
-                dk, dv, k, v, q_head, do_head, nlse_ptr + row, ndelta_ptr + row, stride_qt,
-                stride_dt, start_m, offs_n, shift, Tq, Tk, D, left, right, qk_scale, seed, qh,
-                threshold, keep_scale, mods,
-                BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS,
+                dk, dv, k, v, q_head, do_head, b32, h32, nlse_ptr + row, ndelta_ptr + row,
+                stride_qt, stride_dt, start_m, offs_n, shift, Tq, Tk, D, left, right, qk_scale,
+                seed, qh, threshold, keep_scale, mods,
+                BLOCK_M, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS, TMA,
             )  # fmt: skip
 
     mask = (start_n + in_n)[:, None] < Tk
@@ -226,17 +233,15 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_block(
-    dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D, left,
-    right, qk_scale, seed, bh, threshold, keep_scale, Tq, mods,
+    dq, q, do, nlse, ndelta, k_ptr, v_ptr, b, hk, stride_kt, stride_vt, start_n, t_m, offs_m, Tk, D,
+    left, right, qk_scale, seed, bh, threshold, keep_scale, Tq, mods,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     offs_n = _shown(tl.arange(0, BLOCK_N), start_n, Tk, mods[6])
     offs_d = tl.arange(0, BLOCK_D)
-    start = tl.cast(start_n, tl.int64)
-    end = Tk - start_n
-    k = _tile(k_ptr + start * stride_kt, stride_kt, offs_n, offs_d, end, D, MASKED, PAD_D)
-    v = _tile(v_ptr + start * stride_vt, stride_vt, offs_n, offs_d, end, D, MASKED, PAD_D)
+    k = _block(k_ptr, b, hk, start_n, stride_kt, offs_n, offs_d, Tk, D, MASKED, PAD_D, TMA)
+    v = _block(v_ptr, b, hk, start_n, stride_vt, offs_n, offs_d, Tk, D, MASKED, PAD_D, TMA)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     n = start_n + offs_n
     s, bend = _logits(s, offs_m[:, None], t_m[:, None], n[None, :], Tq, Tk, mods)
@@ -247,13 +252,13 @@ def _dq_block(
     if DROPOUT:
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         keep = kept(seed, bh, offs_m[:, None], start_n + offs_n[None, :], threshold)
-        dp = tl.where(keep, dp * keep_scale, 0.0) + ndelta[:, None]
-    elif PARTS:  # the sum starts at -delta, which stays in registers
-        dp = tl.broadcast_to(ndelta[:, None], s.shape)
-        dp = tl.dot(do, tl.trans(v), dp, input_precision="ieee")
+        dp = tl.where(keep, dp * keep_scale, 0.0)
     else:
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee") + ndelta[:, None]
-    ds = p * dp
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    if PARTS:
+        ds = p * (dp + ndelta[:, None])  # Triton starts the product at -delta
+    else:
+        ds = tl.fma(p, dp, p * ndelta[:, None])
     if mods[1] is not None:
         ds = ds * bend
     return tl.dot(_narrow(ds, k.dtype, TRUNCATE), k, dq, input_precision="ieee")
@@ -268,7 +273,7 @@ def _dq_kernel(
     inner, cap, slopes_ptr, stride_sb, stride_sh, bias_ptr, stride_bb, stride_bh, stride_bm,
     stride_bn, mask_ptr, mask_ends_ptr, ids_ptr, ids_ends_ptr, cu_q_ptr, cu_k_ptr, total,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
-    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -277,8 +282,10 @@ def _dq_kernel(
     h = (bh % H).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh + start_m.to(tl.int64) * stride_qt
     do_ptr += b * stride_db + h * stride_dh + start_m.to(tl.int64) * stride_dt
-    k_ptr += b * stride_kb + h // groups * stride_kh
-    v_ptr += b * stride_vb + h // groups * stride_vh
+    b32, hk = b.to(tl.int32), (h // groups).to(tl.int32)
+    if not TMA:
+        k_ptr += b * stride_kb + h // groups * stride_kh
+        v_ptr += b * stride_vb + h // groups * stride_vh
     row = bh.to(tl.int64) * Tq
     out = b * Tq + start_m
     if cu_q_ptr is not None:
@@ -332,16 +339,16 @@ def _dq_kernel(
     if mask_ptr is None and ids_ptr is None:
         for n in tl.range(n_full, n_unfull):
             dq = _dq_block(
-                dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, n * BLOCK_N, t_m,
-                offs_m, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale, Tq, mods,
-                BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS,
+                dq, q, do, nlse, ndelta, k_ptr, v_ptr, b32, hk, stride_kt, stride_vt, n * BLOCK_N,
+                t_m, offs_m, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale, Tq,
+                mods, BLOCK_N, BLOCK_D, PAD_D, False, DROPOUT, TRUNCATE, PARTS, TMA,
             )  # fmt: skip
     for n in tl.range(n_first, n_last - (n_unfull - n_full)):
         start_n = tl.where(n < n_full, n, n + (n_unfull - n_full)) * BLOCK_N
         dq = _dq_block(
-            dq, q, do, nlse, ndelta, k_ptr, v_ptr, stride_kt, stride_vt, start_n, t_m, offs_m,
-            Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale, Tq, mods,
-            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS,
+            dq, q, do, nlse, ndelta, k_ptr, v_ptr, b32, hk, stride_kt, stride_vt, start_n, t_m,
+            offs_m, Tk, D, left, right, qk_scale, seed, bh, threshold, keep_scale, Tq, mods,
+            BLOCK_N, BLOCK_D, PAD_D, True, DROPOUT, TRUNCATE, PARTS, TMA,
         )  # fmt: skip
 
     mask = offs_m[:, None] < Tq
@@ -483,12 +490,14 @@ def attention_bwd(
             TRUNCATE=common["TRUNCATE"], **tiles.delta.options,
         )  # fmt: skip
         many = B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+        q_in, do_in, tma = _loaded(tiles.dkdv, tiles.dkdv.block_m, q, do, common)
         _dkdv_kernel[(triton.cdiv(common["Tk"], tiles.dkdv.block_n) * many * heads,)](
-            q, k, v, do, nlse, ndelta, dk, dv, seed, *strides, softmax_scale=scale,
+            q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *strides, softmax_scale=scale, TMA=tma,
             BLOCK_M=tiles.dkdv.block_m, BLOCK_N=tiles.dkdv.block_n, **common, **tiles.dkdv.options,
         )  # fmt: skip
+        k_in, v_in, tma = _loaded(tiles.dq, tiles.dq.block_n, k, v, common)
         _dq_kernel[(triton.cdiv(common["Tq"], tiles.dq.block_m) * many * H,)](
-            q, k, v, do, nlse, ndelta, dq, seed, *strides, softmax_scale=scale,
+            q, k_in, v_in, do, nlse, ndelta, dq, seed, *strides, softmax_scale=scale, TMA=tma,
             BLOCK_M=tiles.dq.block_m, BLOCK_N=tiles.dq.block_n, **common, **tiles.dq.options,
         )  # fmt: skip
         if bias_grad:

@@ -21,12 +21,16 @@ COMPILED = "compiled, Triton 3.7.1"
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a program's tile, how it is compiled, and what speaks for it."""
+    """Rows and columns of a program's tile, how it is compiled, and what speaks for it.
+
+    descriptors: its main loop loads through tensor descriptors, which sm_90 and newer copy whole.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = field(default=False, kw_only=True)
     basis: str = field(default=COMPILED, kw_only=True, compare=False)
 
     @property
@@ -87,6 +91,10 @@ def padded_head_dim(D: int) -> int:
     return max(16, 1 << (D - 1).bit_length())
 
 
+def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile(block_m, block_n, num_warps, num_stages, descriptors=True)
+
+
 # Per chip and padded head dim up to that key: queries x keys of forward, dk/dv and dq, in 16-bit
 # dtypes. Dropout keeps a tile of random bits as well; where that spills, its own row follows.
 _ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
@@ -99,36 +107,45 @@ _ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 64, 8, 2)),
     },
     "sm_90": {
-        64: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
-        128: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+        64: (_tma(128, 128, 4, 2), Tile(64, 128, 8, 3), _tma(128, 64, 8, 3)),
+        128: (_tma(128, 128, 8, 3), _tma(64, 128, 8, 3), _tma(128, 64, 8, 3)),
     },
     "sm_100": {
         64: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
-        128: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (_tma(128, 128, 8, 3), _tma(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     },
     "sm_120": {
-        64: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
-        128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 32, 8, 3)),
+        64: (_tma(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (_tma(128, 64, 8, 3), _tma(32, 64, 4, 3), Tile(128, 32, 8, 3)),
     },
     # A warp's product is 32 rows: more than one warp for each 32 would repeat its work.
     "gfx9": {
-        64: (Tile(128, 64, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
-        128: (Tile(128, 32, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+        64: (Tile(128, 64, 4, 1), Tile(64, 128, 4, 1), Tile(128, 32, 4, 1)),
+        128: (Tile(128, 64, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+    },
+    "gfx950": {
+        64: (Tile(128, 64, 4, 1), Tile(64, 128, 4, 1), Tile(128, 32, 4, 1)),
+        128: (Tile(128, 64, 4, 1), Tile(64, 128, 4, 1), Tile(128, 32, 4, 1)),
     },
     # The least that spills, at a head dim of 128: a thread has 256 registers and two accumulators.
-    "gfx950": {
-        64: (Tile(128, 64, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
-        128: (Tile(128, 32, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
-    },
     "gfx11": {
         64: (Tile(128, 64, 8, 1), Tile(16, 128, 8, 1), Tile(64, 16, 4, 1)),
         128: (Tile(128, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 16, 4, 1)),
     },
 }
 _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
-    "sm_80": {128: (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 3))},
-    "sm_86": {128: (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 2))},
-    "sm_90": {64: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3))},
+    "sm_80": {
+        64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 3)),
+    },
+    "sm_86": {
+        64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 2)),
+    },
+    "sm_90": {
+        64: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+    },
     "sm_100": {
         64: (Tile(128, 32, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
         128: (Tile(128, 32, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
@@ -137,8 +154,14 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
         128: (Tile(128, 64, 8, 3), Tile(16, 32, 2, 3), Tile(128, 32, 8, 3)),
     },
-    "gfx9": {},
-    "gfx950": {},
+    "gfx9": {
+        64: (Tile(128, 64, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+        128: (Tile(128, 32, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+    },
+    "gfx950": {
+        64: (Tile(128, 64, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+        128: (Tile(128, 32, 4, 1), Tile(32, 128, 4, 1), Tile(128, 32, 4, 1)),
+    },
     "gfx11": {},
 }
 # Head dims of 136 to 256, any chip. Backward spills: two accumulators of 256 columns a key.
@@ -370,7 +393,8 @@ def rotary_tile(D: int) -> Tile:
     block_d = triton.next_power_of_2(D // 2)
     if chip() == "interpreter":
         return Tile(4, block_d, 1, 1)
-    return Tile(16, block_d, min(8, max(1, block_d // (32 if chip() == "gfx9" else 16))), 1)
+    a_warp = 32 if chip().startswith("gfx9") else 16
+    return Tile(16, block_d, min(8, max(1, block_d // a_warp)), 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """attention: specification, PyTorch path, kernels, registered ops, errors."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -168,6 +169,63 @@ def test_kernel_matches_as_other_chips_run_it(
 
     assert_matches(with_lse(op), with_lse(attention_ref), x)
     assert torch.equal(op(**x, window=1), x["v"])  # one weight, which is exactly one
+
+
+def by_descriptors(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> list[bool]:
+    """Tiles with or without descriptors from now on; -> whether each launch loads by them."""
+    import fastgpt.kernels.attention as fwd
+    import fastgpt.kernels.attention_bwd as bwd
+    from fastgpt.kernels.tiles import attention_tiles
+
+    taken: list[bool] = []
+    loaded = fwd._loaded
+
+    def chosen(*args: Any) -> Any:
+        of = attention_tiles(*args)
+        each = {n: replace(getattr(of, n), descriptors=wanted) for n in ("fwd", "dkdv", "dq")}
+        return replace(of, **each)
+
+    def noted(*args: Any) -> Any:
+        got = loaded(*args)
+        taken.append(got[2])
+        return got
+
+    for module in (fwd, bwd):
+        monkeypatch.setattr(module, "attention_tiles", chosen)
+        monkeypatch.setattr(module, "_loaded", noted)
+    return taken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("D, window", [(16, None), (24, 9)])
+def test_kernel_matches_by_descriptors_and_by_pointers(
+    D: int, window: int | None, wanted: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded and not, groups of heads, rows behind the end, views of a packed qkv."""
+    taken = by_descriptors(monkeypatch, wanted)
+    packed = torch.randn(2, 37, 4, D, dtype=torch.float16, device=device)
+    x = {"q": packed[:, 8:, :2], "k": packed[:, :, 2:3], "v": packed[:, :, 3:]}
+    assert_matches(kernel(window=window), partial(attention_ref, window=window), x)
+    assert taken and all(one == wanted for one in taken)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["expanded", "odd stride", "odd start"])
+def test_what_descriptors_cannot_describe_is_read_by_pointers(
+    how: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = by_descriptors(monkeypatch, True)
+    q = torch.randn(2, 5, 1, 8, dtype=torch.float16, device=device)
+    wide = torch.randn(2, 5, 1, 12, dtype=torch.float16, device=device)
+    k = {
+        "expanded": q[:1].expand(2, 5, 1, 8),
+        "odd stride": wide[..., :8],
+        "odd start": wide.flatten()[4:84].view(2, 5, 1, 8),
+    }[how]
+    o = kernel()(q, k, q)
+    assert torch.allclose(o, attention_ref(q, k, q), atol=2e-3)
+    assert taken == [False]
 
 
 @pytest.mark.gpu

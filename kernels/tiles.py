@@ -99,12 +99,12 @@ def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
 # dtypes. Dropout keeps a tile of random bits as well; where that spills, its own row follows.
 _ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
     "sm_80": {
-        64: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
-        128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 64, 8, 3)),
+        64: (Tile(128, 64, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(32, 64, 4, 3), Tile(128, 64, 8, 3)),
     },
     "sm_86": {
-        64: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
-        128: (Tile(128, 64, 8, 3), Tile(32, 64, 4, 3), Tile(128, 64, 8, 2)),
+        64: (Tile(128, 64, 4, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(32, 64, 4, 3), Tile(128, 64, 8, 2)),
     },
     "sm_90": {
         64: (_tma(128, 128, 4, 2), Tile(64, 128, 8, 3), _tma(128, 64, 8, 3)),

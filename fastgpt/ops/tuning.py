@@ -56,6 +56,9 @@ def decode(said: dict[str, Any]) -> Any:
             continue
         if isinstance(value, dict):
             value = decode(value)
+        elif name == "descriptors":
+            if type(value) is not bool:
+                raise ValueError(f"{name} must be true or false; got {value!r}")
         elif name != "basis" and (type(value) is not int or not 0 < value <= 1 << 20):
             raise ValueError(f"{name} must be a positive number; got {value!r}")
         values[name] = value

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt import cli, demo
-from fastgpt.lab import agreement
+from fastgpt.lab import agreement, numbers
 from fastgpt.train import load
 
 POEM = ["白日依山尽", "黄河入海流", "欲穷千里目", "更上一层楼", "床前明月光", "疑是地上霜"]
@@ -88,7 +88,7 @@ def test_threads_go_to_the_fastest_number(monkeypatch: pytest.MonkeyPatch) -> No
 def test_agreement_names_what_ran() -> None:
     table = agreement.measure(120.0)
     rows = table.splitlines()[1:]
-    assert {row.split()[0] for row in rows} == {"attention", "layer_norm", "ffn"}
+    assert {row.split()[0] for row in rows} == set(numbers.OPS)
     assert all(row.split()[3] == "triton," for row in rows)
 
 

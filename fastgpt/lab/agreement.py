@@ -39,8 +39,11 @@ def _cases(cuda: bool) -> list[numbers.Case]:
     """Every op; on a GPU shapes of a model's size, and bfloat16 too."""
     B, T, H, D, C = (4, 517, 12, 64, 768) if cuda else (1, 37, 2, 16, 48)
     dtypes = ("f32", "f16", *(("bf16",) if cuda else ()))
-    shapes = {"attention": (B, T, H, D), "layer_norm": (B, T, C), "ffn": (B, T, C)}
-    return [numbers.Case(op, d, shape) for op, shape in shapes.items() for d in dtypes]
+    return [
+        numbers.Case(op, d, (B, T, H, D) if op in numbers.HEADS else (B, T, C))
+        for op in numbers.OPS
+        for d in dtypes
+    ]
 
 
 def _rows(found: Iterable[Number]) -> list[Agreement]:
@@ -69,9 +72,9 @@ def compare(cuda: bool) -> list[Agreement]:
 
 def table(rows: list[Agreement]) -> str:
     """The comparison as text."""
-    head = f"{'op':<11}{'dtype':<10}{'direction':<11}{'path':<22}{'kernel':>10}{'PyTorch':>10}"
+    head = f"{'op':<21}{'dtype':<10}{'direction':<11}{'path':<22}{'kernel':>10}{'PyTorch':>10}"
     lines = [
-        f"{r.op:<11}{r.dtype:<10}{r.direction:<11}{r.path:<22}{r.kernel:>10.1e}{r.pytorch:>10.1e}"
+        f"{r.op:<21}{r.dtype:<10}{r.direction:<11}{r.path:<22}{r.kernel:>10.1e}{r.pytorch:>10.1e}"
         for r in rows
     ]
     return "\n".join([head, *lines])

@@ -14,6 +14,7 @@ import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,13 +35,20 @@ WIDTHS: dict[str, tuple[tuple[int, ...], ...]] = {
     "attention": ((1, 16), (2, 16), (1, 40), (3, 24)),  # (H, D)
     "layer_norm": ((1,), (13,), (63,), (65,), (127,), (129,), (768,)),
     "ffn": ((8,), (16,), (24,), (40,)),
+    "rms_norm": ((1,), (13,), (63,), (65,), (127,), (129,), (768,)),
+    "embedding": ((1,), (13,), (63,), (65,), (129,)),
+    "rotary": ((1, 16), (2, 24), (3, 40), (2, 64)),  # (H, D)
+    "cross_entropy": ((1,), (2,), (63,), (65,), (257,)),  # V
+    "linear_cross_entropy": ((8,), (16,), (24,), (40,)),
 }
+HEADS = ("attention", "rotary")
+VOCABULARY = 67  # of the ops that have one beside a width
 OPS = tuple(WIDTHS)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape: (B, T, H, D) for attention, (B, T, C) for the others."""
+    """An op at a shape: (B, T, H, D) where it has heads, (B, T, C) for the others."""
 
     op: str
     dtype: str
@@ -48,7 +56,7 @@ class Case:
     seed: int = 0
 
     def __str__(self) -> str:
-        letters = "BTHD" if self.op == "attention" else "BTC"
+        letters = "BTHD" if self.op in HEADS else "BTC"
         return " ".join(f"{name}={n}" for name, n in zip(letters, self.shape, strict=True))
 
 
@@ -167,16 +175,39 @@ def _problem(case: Case, device: torch.device) -> tuple[Op, tuple[str, ...], dic
     shape, C = case.shape, case.shape[-1]
     if case.op == "attention":
         return fused.attention, ("o",), {name: draw(*shape) for name in "qkv"}
-    if case.op == "layer_norm":
-        return fused.layer_norm, ("y", "h"), {
+    if case.op in ("layer_norm", "rms_norm"):
+        bias = {"bias": draw(C, scale=0.1)} if case.op == "layer_norm" else {}
+        return getattr(fused, case.op), ("y", "h"), {
             "x": draw(*shape), "residual": draw(*shape),
-            "weight": draw(C, scale=0.1, mean=1.0), "bias": draw(C, scale=0.1),
+            "weight": draw(C, scale=0.1, mean=1.0), **bias,
         }  # fmt: skip
+    if case.op == "rotary":
+        table = fused.rotary_table(shape[1], C, device=device)
+        return partial(_rotary, table), ("q", "k"), {
+            "q": draw(*shape), "k": draw(*shape),
+            "q_weight": draw(C, scale=0.1, mean=1.0), "k_weight": draw(C, scale=0.1, mean=1.0),
+        }  # fmt: skip
+    V = C if case.op == "cross_entropy" else VOCABULARY
+    ids = torch.randint(V, shape[:2], generator=rng).to(device)
+    if case.op == "embedding":
+        inputs = {"wte": draw(V, C), "wpe": draw(shape[1], C)}
+        return partial(fused.embedding, ids), ("h",), inputs
+    if case.op == "cross_entropy":
+        return partial(fused.cross_entropy, target=ids), ("loss",), {"logits": draw(*shape)}
+    if case.op == "linear_cross_entropy":
+        inputs = {"x": draw(*shape), "weight": draw(V, C, scale=C**-0.5)}
+        return partial(fused.linear_cross_entropy, target=ids), ("loss",), inputs
     return fused.ffn, ("y",), {
         "x": draw(*shape),
         "w1": draw(4 * C, C, scale=C**-0.5), "b1": draw(4 * C, scale=0.1),
         "w2": draw(C, 4 * C, scale=(4 * C) ** -0.5), "b2": draw(C, scale=0.1),
     }  # fmt: skip
+
+
+def _rotary(
+    table: tuple[Tensor, Tensor], q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    return fused.rotary(q, k, *table, q_weight=q_weight, k_weight=k_weight)
 
 
 def _run(

@@ -206,7 +206,7 @@ def near(tile: Any) -> Iterator[Any]:
         elif f.name == "num_warps":
             steps[f.name] = tuple(n for n in (value // 2, value, value * 2) if 1 <= n <= 16)
         elif isinstance(value, bool):
-            steps[f.name] = (value, not value)
+            steps[f.name] = (True, False) if value else (False,)
         elif isinstance(value, int):
             steps[f.name] = tuple(n for n in (value // 2, value, value * 2) if n >= 1)
     every = (

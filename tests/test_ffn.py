@@ -122,7 +122,7 @@ def test_kernel_matches_without_biases(dtype: torch.dtype, gated: bool, device: 
 
 
 @pytest.mark.gpu
-@settings(max_examples=10 if INTERPRET else 6)
+@settings(max_examples=10 if INTERPRET else 4)
 @given(data=st.data())
 def test_kernel_matches_on_any_shape_and_strides(data: st.DataObject, device: str) -> None:
     draw = data.draw

@@ -383,8 +383,10 @@ def layer_norm_bwd(
     """Gradients of y and h, either None -> dx, dresidual or empty, dweight, dbias or empty."""
     h_rows = _rows(h)
     M, N = h_rows.shape
-    dy_rows = torch.zeros((1, N), dtype=h.dtype, device=h.device).expand(M, N)
-    dy_rows = dy_rows if dy is None else _rows(dy)
+    if dy is None:
+        dy_rows = torch.zeros((1, N), dtype=h.dtype, device=h.device).expand(M, N)
+    else:
+        dy_rows = _rows(dy)
     dh_rows = dy_rows if dh is None else _rows(dh)
     dx = torch.empty(h.shape, dtype=x_dtype, device=h.device)
     has_dres = dropout_p > 0.0 or x_dtype != h.dtype

@@ -84,11 +84,13 @@ def _rms_norm(s: Sizes) -> None:
     from fastgpt.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
 
     M, N, p, dtype = s["M"], s["N"], s["dropout_p"], DTYPES[s["dtype"]]
-    x, res = (torch.empty(M, N, dtype=dtype) for _ in range(2))
+    x = torch.empty(M, N, dtype=dtype)
+    res = torch.empty(M, N, dtype=dtype) if s["residual"] else None
     weight = torch.empty(N, dtype=torch.float32)
     seed = torch.zeros(1, dtype=torch.int64) if p else None
     _, h, rstd = rms_norm_fwd(x, res, weight, 1e-6, p, seed)
-    rms_norm_bwd(x, h, h, weight, rstd, p, seed, dtype)
+    dh = h if s["residual"] else None
+    rms_norm_bwd(x, dh, h if s["residual"] else x, weight, rstd, p, seed, dtype)
 
 
 def _rotary(s: Sizes) -> None:
@@ -228,7 +230,7 @@ OPS = {
     ),
     "rms_norm": Case(
         _rms_norm,
-        {"M": 8192, "N": 576, "dtype": "bf16", "dropout_p": 0.0},
+        {"M": 8192, "N": 576, "dtype": "bf16", "dropout_p": 0.0, "residual": 1},
         tuple({"M": M, "N": 576} for M in (64, 128, 256)),
         _NORM,
     ),

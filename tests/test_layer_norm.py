@@ -344,6 +344,19 @@ def test_function_gradcheck_and_double_backward(dropout_p: float) -> None:
     assert torch.autograd.gradgradcheck(f, x)
 
 
+@pytest.mark.parametrize("asking", ["x", "weight", "bias", "residual", "x bias"])
+def test_double_backward_of_what_asks_for_it_alone(asking: str) -> None:
+    x = inputs(3, 4, dtype=torch.float64, residual=True)
+    leaves = [t.requires_grad_(name in asking) for name, t in x.items()]
+
+    def f(*wanted: Tensor) -> Any:
+        given = iter(wanted)
+        x, w, b, r = (next(given) if t.requires_grad else t for t in leaves)
+        return LayerNormFunction.apply(x, r, w, b, 1e-5, 0.0, None)
+
+    assert torch.autograd.gradgradcheck(f, [t for t in leaves if t.requires_grad])
+
+
 def test_compiles_to_one_graph_for_three_row_counts() -> None:
     def f(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
         return LayerNormFunction.apply(x, x.sin(), weight, bias, 1e-5, 0.0, None)

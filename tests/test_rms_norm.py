@@ -196,6 +196,17 @@ def test_function_gradcheck_and_double_backward(dropout_p: float) -> None:
     assert torch.autograd.gradgradcheck(f, x)
 
 
+@pytest.mark.parametrize("asking", ["x", "weight", "residual"])
+def test_double_backward_of_what_asks_for_it_alone(asking: str) -> None:
+    x = inputs(3, 4, dtype=torch.float64, residual=True)
+    leaf = x[asking].requires_grad_()
+
+    def f(_: Tensor) -> Any:
+        return RMSNormFunction.apply(x["x"], x["residual"], x["weight"], 1e-6, 0.0, None)
+
+    assert torch.autograd.gradgradcheck(f, [leaf])
+
+
 def test_compiles_to_one_graph_for_three_row_counts() -> None:
     def f(x: Tensor, weight: Tensor) -> Any:
         return RMSNormFunction.apply(x, x.sin(), weight, 1e-6, 0.0, None)

@@ -345,6 +345,20 @@ def test_function_gradcheck_and_double_backward(norm: bool, interleaved: bool) -
     assert torch.autograd.gradgradcheck(f, x)
 
 
+@pytest.mark.parametrize("asking", ["q", "k", "q_weight", "k_weight"])
+def test_double_backward_of_what_asks_for_it_alone(asking: str) -> None:
+    cos, sin = (t.double() for t in rotary_table(2, 4))
+    x = inputs(1, 2, 2, 1, 6, dtype=torch.float64, norm=True)
+    leaf = x[asking].requires_grad_()
+
+    def f(_: Tensor) -> Any:
+        return RotaryFunction.apply(
+            x["q"], x["k"], cos, sin, x["q_weight"], x["k_weight"], 1e-6, False
+        )
+
+    assert torch.autograd.gradgradcheck(f, [leaf])
+
+
 def _apply(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> Any:
     cos, sin = rotary_table(16, q.shape[-1])
     T = q.shape[1]

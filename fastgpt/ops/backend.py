@@ -211,22 +211,26 @@ def differentiable_grads(
     """The gradients of ref(*inputs) by plain PyTorch, themselves differentiable.
 
     A kernel's backward has no derivative of its own. One that is called with create_graph=True
-    comes here, so that second derivatives are right and not silently absent.
+    comes here, so that second derivatives are right and not silently absent. What requires no
+    gradient gets None.
     """
     with torch.enable_grad():
         out = ref(*inputs)
     outs = out if isinstance(out, tuple) else (out,)
-    live = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    live = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = [
+        t if need and t is not None and t.requires_grad else None
+        for t, need in zip(inputs, needs, strict=True)
+    ]
+    if not live:
+        return (None,) * len(inputs)
     got = iter(
         torch.autograd.grad(
             [o for o, _ in live],
-            wanted,
+            [t for t in wanted if t is not None],
             [g.to(o.dtype) for o, g in live],
             create_graph=True,
             allow_unused=True,
         )
     )
-    return tuple(
-        next(got) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)
-    )
+    return tuple(None if t is None else next(got) for t in wanted)

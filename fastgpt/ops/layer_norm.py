@@ -176,7 +176,7 @@ class LayerNormFunction(torch.autograd.Function):
         db: Tensor | None
         if backend.double_backward():
             dres, dw, db = _double(dy, dh, h, weight, ctx.eps)
-            dx = branch_grad(dres, ctx.dropout_p, seed).to(ctx.x_dtype)
+            dx = branch_grad(dres, ctx.dropout_p, seed, ctx.x_dtype)
         else:
             dx, dres, dw, db = torch.ops.fastgpt.layer_norm_bwd(
                 dy, dh, h, weight, needs_bias, mean, rstd, ctx.dropout_p, seed, ctx.x_dtype
@@ -193,17 +193,19 @@ class LayerNormFunction(torch.autograd.Function):
         )
 
 
-def branch_grad(dres: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Gradient of dropout(x) from that of the sum it went into."""
-    if p == 0.0 or seed is None:
-        return dres
+def branch_grad(
+    dres: Tensor | None, p: float, seed: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """Gradient of x from that of the sum that dropout(x) went into."""
+    if dres is None or p == 0.0 or seed is None:
+        return None if dres is None else dres.to(dtype)
     keep = dropout_mask(seed, (dres.numel() // max(1, dres.shape[-1]), dres.shape[-1]), p)
-    return dres * keep.view(dres.shape) / (1.0 - p)
+    return (dres * keep.view(dres.shape) / (1.0 - p)).to(dtype)
 
 
 def _double(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Differentiable dresidual, dweight and dbias; h is an output, so its own graph goes on."""
     dres, dw, db = dh, None, None
     if dy is not None:
@@ -213,11 +215,16 @@ def _double(
             (True,) * 2,
             (dy,),
         )
-        assert dnorm is not None
-        dres = dnorm if dh is None else dnorm + dh
+        dres = added(dnorm, dh)
         db = dy.flatten(0, -2).sum(0).to(weight.dtype)
-    assert dres is not None
-    return dres.to(h.dtype), dw, db
+    return None if dres is None else dres.to(h.dtype), dw, db
+
+
+def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, None being none."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 
 def check_norm(

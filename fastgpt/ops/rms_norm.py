@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgpt.ops import backend
 from fastgpt.ops.dropout import draw_seed, dropout_mask
-from fastgpt.ops.layer_norm import add_branch, branch_grad, check_norm, norm_obstacle
+from fastgpt.ops.layer_norm import add_branch, added, branch_grad, check_norm, norm_obstacle
 from fastgpt.ops.library import define, fake, impl
 
 
@@ -143,7 +143,7 @@ class RMSNormFunction(torch.autograd.Function):
         dw: Tensor | None
         if backend.double_backward():
             dres, dw = _double(dy, dh, h, weight, ctx.eps)
-            dx = branch_grad(dres, ctx.dropout_p, seed).to(ctx.x_dtype)
+            dx = branch_grad(dres, ctx.dropout_p, seed, ctx.x_dtype)
         else:
             dx, dres, dw = torch.ops.fastgpt.rms_norm_bwd(
                 dy, dh, h, weight, rstd, ctx.dropout_p, seed, ctx.x_dtype
@@ -154,17 +154,15 @@ class RMSNormFunction(torch.autograd.Function):
 
 def _double(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Differentiable dresidual and dweight; h is an output, so its own graph goes on."""
     dres, dw = dh, None
     if dy is not None:
         dnorm, dw = backend.differentiable_grads(
             lambda h, w: _plain(h, w, eps, dy.dtype), (h, weight), (True, True), (dy,)
         )
-        assert dnorm is not None
-        dres = dnorm if dh is None else dnorm + dh
-    assert dres is not None
-    return dres.to(h.dtype), dw
+        dres = added(dnorm, dh)
+    return None if dres is None else dres.to(h.dtype), dw
 
 
 @overload

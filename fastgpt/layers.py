@@ -6,9 +6,8 @@ stream, and the next norm adds the one to the other on its way. LayerNorm and RM
 for torch's nn.LayerNorm and nn.RMSNorm.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of the positions at hand, (T, D / 2) each
+Again = tuple[nn.Module, Tensor]  # a norm and what it was given, (B, T, C)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -92,32 +92,48 @@ def new_norm(n_embd: int, bias: bool, eps: float, rms: bool) -> LayerNorm | RMSN
     return RMSNorm(n_embd, eps) if rms else LayerNorm(n_embd, eps, bias=bias)
 
 
-@contextmanager
-def made_again(x: Tensor, make: Callable[[], Any] | None) -> Iterator[None]:
-    """Inside, autograd keeps nothing of x for backward, which gets it from make() instead.
+def unchanged(kept: list[tuple[Tensor, int]]) -> None:
+    """Raise unless tensors are still of the versions beside them."""
+    for t, version in kept:
+        if t._version != version:
+            raise RuntimeError(
+                "recompute: what backward needs was changed in place after forward;"
+                f" got a tensor of shape {tuple(t.shape)} at version {t._version}, not {version}"
+            )
 
-    Nothing happens if make is None, in a graph that is compiled, whose compiler decides what is
-    kept, and under the transforms of torch.func, which know no such hooks.
+
+@contextmanager
+def made_again(x: Tensor, again: Again | None) -> Iterator[None]:
+    """Inside, autograd keeps nothing of x = norm(h) for backward, which makes it again.
+
+    Like autograd's own, backward raises if what it needs was changed in place since. Nothing
+    happens if again is None, in a graph that is compiled, whose compiler decides what is kept, and
+    under the transforms of torch.func, which know no such hooks.
     """
     if (
-        make is None
+        again is None
+        or not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._functorch.maybe_current_level() is not None
     ):
         yield
         return
     home, dtype = x.untyped_storage()._cdata, x.dtype
+    norm, h = again[0], again[1].detach()
+    sources = [(t, t._version) for t in (h, *norm.parameters())]
 
     def pack(t: Tensor) -> Any:
         if t.untyped_storage()._cdata != home or t.dtype != dtype:
-            return t
+            return t, t._version
         return t.shape, t.stride(), t.storage_offset()
 
     def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
+        unchanged(sources if len(kept) == 3 else [kept])
+        if len(kept) == 2:
+            t: Tensor = kept[0]
+            return t
         with torch.no_grad():
-            made: Tensor = make().to(dtype)
+            made: Tensor = norm(h).to(dtype)
         return made.as_strided(*kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -202,7 +218,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(
         self, x: Tensor, cache: KVCache | None = None, layer: int = 0, turn: Turn | None = None,
-        again: Callable[[], Any] | None = None,
+        again: Again | None = None,
     ) -> Tensor:  # fmt: skip
         """x: (B, T, C) -> (B, T, C).
 
@@ -211,7 +227,7 @@ class CausalSelfAttention(nn.Module):
             cache: if given, x are the positions after those it holds, and join them.
             layer: which one of the cache.
             turn: cosines and sines of x's positions, for rotary embedding of q and k.
-            again: makes x, so that it need not be kept for backward.
+            again: what makes x, so that it need not be kept for backward.
         """
         B, T, C = x.shape
         H, kv = self.n_head, self.n_kv_head
@@ -361,6 +377,6 @@ class Block(nn.Module):
         with made_again(x, self._again(self.ln_2, h)):
             return self.mlp(x), h
 
-    def _again(self, norm: nn.Module, h: Tensor) -> Callable[[], Any] | None:
+    def _again(self, norm: nn.Module, h: Tensor) -> Again | None:
         """What makes norm(h) in backward, if that is asked for."""
-        return partial(norm, h.detach()) if self.recompute == 2 else None
+        return (norm, h) if self.recompute == 2 else None

@@ -167,3 +167,25 @@ def test_cache_rejects_more_than_its_room() -> None:
         cache.extend(0, k, k)
     with pytest.raises(ValueError, match=r"got 3 rows"):
         cache.extend(0, torch.randn(3, 1, 1, 8), torch.randn(3, 1, 1, 8))
+
+
+@pytest.mark.parametrize("recompute", [1, 2])
+@pytest.mark.parametrize("name", ["ln_1.weight", "attn.c_attn.weight", "mlp.c_fc.weight", "h"])
+def test_block_says_what_was_changed_before_backward(recompute: int, name: str) -> None:
+    block = Block(16, 2, recompute=recompute)
+    h = torch.randn(2, 3, 16, requires_grad=True) * 1.0
+    first, second = block.attn.c_attn.weight, block.mlp.c_fc.weight
+    branch, _ = block(None, h)
+    with torch.no_grad():
+        (h if name == "h" else block.get_parameter(name)).mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace"):
+        torch.autograd.grad(branch.sum(), [first if "mlp" not in name else second, h])
+
+
+def test_block_makes_no_wrong_weight_gradient_from_a_changed_norm() -> None:
+    block = Block(16, 2, recompute=2)
+    branch, _ = block(None, torch.randn(2, 3, 16))
+    with torch.no_grad():
+        block.ln_1.weight.mul_(2.0)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match=r"^recompute: what backward needs was changed in place"):
+        torch.autograd.grad(branch.sum(), block.attn.c_attn.weight)

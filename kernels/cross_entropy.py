@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.attention import _tanh
 from fastgpt.kernels.tiles import cross_entropy_tile, on_device
 
 How = tuple[int, float, float, float]  # ignore_index, label_smoothing, z_loss, softcap (0: none)
@@ -60,7 +61,7 @@ def _capped(u, cap, CAP: tl.constexpr):
     """z in float32."""
     z = u.to(tl.float32)
     if CAP:
-        z = cap - 2.0 * cap / (1.0 + tl.math.exp2(z * (2.0 * LOG2E / cap)))  # cap tanh(u / cap)
+        z = cap * _tanh(z * (1.0 / cap))
     return z
 
 

@@ -175,6 +175,14 @@ def test_logits_of_ten_thousand(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [1e-3, 30.0, 1e6])
+def test_a_softcap_of_any_size(softcap: float, device: str) -> None:
+    logits, target = inputs(3, 40, device=device)
+    how: dict[str, Any] = {"target": target, "softcap": softcap}
+    assert_matches(kernel(**how), partial(cross_entropy_ref, **how), {"logits": logits}, atol=1e-6)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS[::4], ids=str)
 def test_infinities_and_nan_stay_in_their_row(options: dict[str, Any], device: str) -> None:
     logits, target = inputs(6, 77, device=device, ignored=False)
@@ -334,8 +342,10 @@ def test_rejects() -> None:
         ((z, t + 8), {}, r"targets must be -100 or in \[0, 8\); got 8"),
         ((z, t - 1), {}, "got -1"),
         ((z, t), {"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\]; got 1.5"),
-        ((z, t), {"z_loss": -1.0}, "z_loss must be at least 0; got -1.0"),
-        ((z, t), {"softcap": 0.0}, "softcap must be None or above 0; got 0.0"),
+        ((z, t), {"z_loss": -1.0}, "z_loss must be at least 0 and finite; got -1.0"),
+        ((z, t), {"z_loss": float("nan")}, "z_loss must be at least 0 and finite; got nan"),
+        ((z, t), {"softcap": 0.0}, "softcap must be None, or above 0 and finite; got 0.0"),
+        ((z, t), {"softcap": float("inf")}, "above 0 and finite; got inf"),
         ((z, t), {"reduction": "max"}, "one of mean, sum, none; got 'max'"),
         ((z, t.to("meta")), {}, "on one device; got logits cpu, target meta"),
     ]:

@@ -187,10 +187,10 @@ def check_how(
         raise TypeError(f"{op}: target must be int64 or int32; got {target.dtype}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must lie in [0, 1]; got {label_smoothing}")
-    if z_loss < 0.0:
-        raise ValueError(f"{op}: z_loss must be at least 0; got {z_loss}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{op}: softcap must be None or above 0; got {softcap}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"{op}: z_loss must be at least 0 and finite; got {z_loss}")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be None, or above 0 and finite; got {softcap}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)};"
                          f" got {reduction!r}")  # fmt: skip

@@ -77,6 +77,17 @@ class AdamW(torch.optim.AdamW):
                 f" got none for {lacking} of {len(parameters)}"
             )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.AdamW's.
+
+        Raises:
+            ValueError: the group has amsgrad or maximize.
+        """
+        for name in ("amsgrad", "maximize"):
+            if param_group.get(name):
+                raise ValueError(f"AdamW: a group with {name} is not supported")
+        super().add_param_group(param_group)
+
     @property
     def grad_norm(self) -> Tensor:
         return self._made_control()[2]

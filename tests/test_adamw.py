@@ -477,5 +477,7 @@ def test_rejects() -> None:
         AdamW([p], max_grad_norm=-1)
     with pytest.raises(ValueError, match="copies must have one for each parameter; got none for 1"):
         AdamW([p], copies={torch.zeros(3): p})
+    with pytest.raises(ValueError, match="a group with maximize is not supported"):
+        AdamW([{"params": [p], "maximize": True}])
     with pytest.raises(ValueError, match="a state with amsgrad cannot be loaded"):
         AdamW([p]).load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())

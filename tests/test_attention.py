@@ -445,6 +445,8 @@ def test_flops_count_the_pairs_that_see_each_other() -> None:
 def test_autocast_casts_as_torch_does() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(**qkv(1, 4, 1, 8)).dtype == torch.bfloat16
+        mixed = qkv(1, 4, 1, 8) | {"v": torch.randn(1, 4, 1, 8, dtype=torch.bfloat16)}
+        assert attention(**mixed).dtype == torch.bfloat16  # q and k from a norm, which is float32
 
 
 # ------------------------------------------------------------------ bad input

@@ -381,6 +381,26 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
     assert_compiled_gradients_match(loss, qkv(1, 7, 2, 8) | {"bias": torch.randn(1, 1, 7, 7)})
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"causal": False}, {"window": 2}], ids=str)
+def test_plain_attention_of_fewer_queries_than_keys_compiles_whole(kwargs: dict[str, Any]) -> None:
+    def f(q: Tensor, k: Tensor) -> Any:
+        return attention(q, k, k, **kwargs), q
+
+    q = torch.randn(2, 3, 2, 8)
+    assert_one_graph(
+        f, [{"q": q[:, :n], "k": torch.randn(2, T, 2, 8)} for n, T in ((2, 5), (3, 7))]
+    )
+
+
+def test_empty_sequences_have_gradients() -> None:
+    q, k = (torch.zeros(n, 2, 8, requires_grad=True) for n in (0, 5))
+    for cu_q, cu_k in (([0, 0], [0, 5]), ([0], [0])):
+        cu = [torch.tensor(c) for c in (cu_q, cu_k)]
+        o = attention_varlen(q, k[: cu_k[-1]], k[: cu_k[-1]], *cu, 0, 5)
+        (dq,) = torch.autograd.grad(o.sum(), q)
+        assert dq.shape == q.shape
+
+
 def test_varlen_compiles_whole() -> None:
     x, kwargs = varlen([0, 3, 8], [0, 3, 8], {}, torch.float32, "cpu")
 

@@ -338,7 +338,6 @@ def _run(
     dropout_p: float, seed: Tensor | None, return_lse: bool, x: Extras,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Kernel or plain PyTorch -> o, lse; lse may be None unless return_lse."""
-    q, k, v = backend.autocast(q, k, v)
     if backend.kernel_chosen(op, q, _obstacle(q, k, v, scale, x)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(q.device)
@@ -434,6 +433,7 @@ def attention(
         raise ValueError(f"attention: q, k and v must be (B, T, H, D); {_said(q, k, v)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: q, k and v must agree in B and D; {_said(q, k, v)}")
+    q, k, v = backend.autocast(q, k, v)
     _check("attention", q, k, v, window, softcap, alibi_slopes, q.shape[0])
     _check_hiding(q, k, bias, key_mask, document_ids)
     _check_devices(
@@ -528,6 +528,7 @@ def attention_varlen(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest < 0:
             raise ValueError(f"{op}: {name} must not be negative; got {longest}")
+    q, k, v = backend.autocast(q, k, v)
     _check(op, q, k, v, window, softcap, alibi_slopes, cu_seqlens_q.shape[0] - 1)
     _check_devices(
         op, q, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k

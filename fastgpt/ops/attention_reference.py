@@ -34,7 +34,7 @@ def pad(t: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     n = torch.arange(longest, device=t.device)
     start = cu_seqlens[:-1, None].long()
     if t.shape[1] == 0:
-        return t.new_zeros((start.shape[0], longest, *t.shape[2:]))
+        return t.new_zeros((start.shape[0], longest, *t.shape[2:])) + t.sum()  # 0, with a gradient
     rows = t[0][(start + n).clamp(max=t.shape[1] - 1)]
     inside = n < cu_seqlens.diff()[:, None]
     return torch.where(inside.view(*inside.shape, *[1] * (t.ndim - 2)), rows, 0.0)
@@ -44,7 +44,7 @@ def unpad(t: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     """The inverse of pad."""
     at = torch.arange(total, device=t.device)
     if t.numel() == 0:
-        return t.new_zeros((1, total, *t.shape[2:]))
+        return t.new_zeros((1, total, *t.shape[2:])) + t.sum()
     b = torch.searchsorted(cu_seqlens[1:].long(), at, right=True).clamp(max=t.shape[0] - 1)
     i = (at - cu_seqlens[b]).clamp(0, t.shape[1] - 1)
     return t[b, i][None]
@@ -200,7 +200,12 @@ def plain(
     unlike = bool(unlike) or (adding and q.dtype in (torch.float16, torch.bfloat16))
     if return_lse or unlike or (p > 0.0 and seed is not None):
         return reference(q, k, v, scale, left, right, p, seed, x)
-    causal = left < 0 and right == 0 and Tq == Tk and not hiding and not adding
+    # Neither is a comparison itself, which may be a symbol while tracing.
+    causal = grouped = False
+    if left < 0 and right == 0 and Tq == Tk and not hiding and not adding:
+        causal = True
+    if q.shape[2] != k.shape[2]:
+        grouped = True
     mask = some = None
     if hiding or adding or (bounded and not causal and not (Tq == 1 and left < 0)):
         d, see = visible(Tq, Tk, left, right, q.device, x)
@@ -216,9 +221,6 @@ def plain(
             some = (mask if not adding else mask != float("-inf")).any(-1, keepdim=True)
             mask = torch.where(some, mask, 0.0) if adding else mask | ~some
     k, v = shown(k, x.key_mask), shown(v, x.key_mask)
-    grouped = False  # not the comparison itself, which may be a symbol while tracing
-    if q.shape[2] != k.shape[2]:
-        grouped = True
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale,

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.tiles import adamw_tile, on_device, programs
+from fastgpt.kernels.tiles import adamw_tile, cdiv, on_device, programs
 
 # Columns of the table, 8 a tensor: where it is, how long, which group's hyperparameters it has.
 _P = tl.constexpr(0)
@@ -232,7 +232,7 @@ def _chunks(
     rows: tuple[int, ...], counts: tuple[int, ...], chunk: int, device: torch.device
 ) -> Tensor:
     """(chunks, 2) int32: row of the tensor, number of the chunk in it."""
-    many = torch.tensor([triton.cdiv(n, chunk) for n in counts], device="cpu")
+    many = torch.tensor([cdiv(n, chunk) for n in counts], device="cpu")
     row = torch.repeat_interleave(torch.tensor(rows, device="cpu"), many)
     first = torch.repeat_interleave(many.cumsum(0) - many, many)
     number = torch.arange(len(row), device="cpu") - first

@@ -37,6 +37,7 @@ from fastgpt.kernels.tiles import (
     Tile,
     attention_flags,
     attention_tiles,
+    cdiv,
     on_device,
     padded_head_dim,
 )
@@ -377,7 +378,7 @@ def _loaded(
 def _ends(ids: Tensor) -> Tensor:
     """ids: (B, T) contiguous -> (B, 2, blocks): the least and the greatest of each ENDS."""
     B, T = ids.shape
-    blocks = triton.cdiv(T, ENDS.value)
+    blocks = cdiv(T, ENDS.value)
     dtype = torch.int64 if ids.dtype == torch.int64 else torch.int32
     ends = torch.empty((B, 2, blocks), dtype=dtype, device=ids.device)
     if ids.numel():
@@ -472,7 +473,7 @@ def attention_fwd(
         band = max(1, L2_BYTES // max(1, 2 * common["Tk"] * D * k.element_size()))
         BH = H * (B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
         k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
-        _fwd_kernel[(triton.cdiv(common["Tq"], tile.block_m) * BH,)](
+        _fwd_kernel[(cdiv(common["Tq"], tile.block_m) * BH,)](
             q, k_in, v_in, o, lse, seed,
             *_strides(q, cu_seqlens_q), *_strides(k, cu_seqlens_q), *_strides(v, cu_seqlens_q),
             *_strides(o, cu_seqlens_q),

@@ -45,7 +45,7 @@ from fastgpt.kernels.attention import (
     _tile,
     kept,
 )
-from fastgpt.kernels.tiles import attention_tiles, dbias_tile, on_device, padded_head_dim
+from fastgpt.kernels.tiles import attention_tiles, cdiv, dbias_tile, on_device, padded_head_dim
 
 
 @triton.jit(do_not_specialize=["Tq"])
@@ -482,7 +482,7 @@ def attention_bwd(
         )  # fmt: skip
         extras = common["inner"] is not None or key_mask is not None or document_ids is not None
         tiles = attention_tiles(q.dtype, block_d, dropout_p > 0.0, extras)
-        _delta_kernel[(triton.cdiv(Tq, tiles.delta.block_m) * B * H,)](
+        _delta_kernel[(cdiv(Tq, tiles.delta.block_m) * B * H,)](
             do, o, lse, dlse, nlse, ndelta,
             *do.stride()[:3], *o.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
             Tq, H, D, BLOCK_M=tiles.delta.block_m, BLOCK_D=block_d, PAD_D=block_d != D,
@@ -491,20 +491,20 @@ def attention_bwd(
         )  # fmt: skip
         many = B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
         q_in, do_in, tma = _loaded(tiles.dkdv, tiles.dkdv.block_m, q, do, common)
-        _dkdv_kernel[(triton.cdiv(common["Tk"], tiles.dkdv.block_n) * many * heads,)](
+        _dkdv_kernel[(cdiv(common["Tk"], tiles.dkdv.block_n) * many * heads,)](
             q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *strides, softmax_scale=scale, TMA=tma,
             BLOCK_M=tiles.dkdv.block_m, BLOCK_N=tiles.dkdv.block_n, **common, **tiles.dkdv.options,
         )  # fmt: skip
         k_in, v_in, tma = _loaded(tiles.dq, tiles.dq.block_n, k, v, common)
-        _dq_kernel[(triton.cdiv(common["Tq"], tiles.dq.block_m) * many * H,)](
+        _dq_kernel[(cdiv(common["Tq"], tiles.dq.block_m) * many * H,)](
             q, k_in, v_in, do, nlse, ndelta, dq, seed, *strides, softmax_scale=scale, TMA=tma,
             BLOCK_M=tiles.dq.block_m, BLOCK_N=tiles.dq.block_n, **common, **tiles.dq.options,
         )  # fmt: skip
         if bias_grad:
             tile = dbias_tile(q.dtype, block_d)
             biases, bias_heads, rows, Tk = dbias.shape
-            blocks_m = 1 if rows < Tq else triton.cdiv(Tq, tile.block_m)
-            blocks = triton.cdiv(Tk, tile.block_n) * blocks_m
+            blocks_m = 1 if rows < Tq else cdiv(Tq, tile.block_m)
+            blocks = cdiv(Tk, tile.block_n) * blocks_m
             _dbias_kernel[(blocks * bias_heads * biases,)](
                 q, k, v, do, nlse, ndelta, dbias, seed, *strides, batches=B // biases,
                 heads=H // bias_heads, biases=bias_heads, ALL_M=rows < Tq,

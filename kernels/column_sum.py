@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.tiles import interpreting, on_device
+from fastgpt.kernels.tiles import cdiv, interpreting, on_device
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -38,7 +38,7 @@ def column_sum(part: Tensor, dtype: torch.dtype) -> list[Tensor]:
     out = [torch.empty(N, dtype=dtype, device=part.device) for _ in range(count)]
     block_p, block_n = (4, 64) if interpreting() else (16, 64)
     with on_device(part):
-        _column_sum_kernel[(triton.cdiv(N, block_n), count)](
+        _column_sum_kernel[(cdiv(N, block_n), count)](
             part, out[0], out[-1], P, N, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4
         )
     return out

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention import kept
-from fastgpt.kernels.tiles import embedding_tile, on_device, programs
+from fastgpt.kernels.tiles import cdiv, embedding_tile, on_device, programs
 
 CHUNK = 16  # of the backward: rows in a chunk over rows in a tile
 
@@ -156,8 +156,8 @@ def embedding_fwd(
     table = wte if wpe is None else _wide(wpe)
     with on_device(wte):
         tile = embedding_tile(C)
-        blocks = triton.cdiv(T, tile.block_m), triton.cdiv(C, tile.block_n)
-        groups = min(B, triton.cdiv(programs(wte, tile.num_warps), blocks[0] * blocks[1]))
+        blocks = cdiv(T, tile.block_m), cdiv(C, tile.block_n)
+        groups = min(B, cdiv(programs(wte, tile.num_warps), blocks[0] * blocks[1]))
         _fwd_kernel[(blocks[0], groups, blocks[1])](
             idx, wte, table, h, seed, *idx.stride(), wte.stride(0), table.stride(0), B, T, V, C,
             start, round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p),
@@ -182,7 +182,7 @@ def _sum_by_key(
     numbers = (round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
     with on_device(dy):
         tile = embedding_tile(C, backward=True)
-        S, blocks = CHUNK * tile.block_m, triton.cdiv(C, tile.block_n)
+        S, blocks = CHUNK * tile.block_m, cdiv(C, tile.block_n)
         part = torch.empty((M // S, C), dtype=torch.float32, device=dy.device)
         flags = {
             "S": S,

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from fastgpt.kernels.column_sum import column_sum
 from fastgpt.kernels.product import how_to_load, operands, place, product
-from fastgpt.kernels.tiles import act_tile, ffn_parts, ffn_tile, has_ptx, interpreting, on_device
+from fastgpt.kernels.tiles import (
+    act_tile,
+    cdiv,
+    ffn_parts,
+    ffn_tile,
+    has_ptx,
+    interpreting,
+    on_device,
+)
 
 WIDEST_FUSED = 2048
 
@@ -284,7 +292,7 @@ def _up_fused(
     how = how_to_load(x, *ws)
     tile = ffn_tile("up", len(ws) == 2, how)
     x_, *ws_ = operands(how, tile, x, *ws, b_rows=True)
-    _up_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+    _up_kernel[(cdiv(M, tile.block_m) * cdiv(N, tile.block_n),)](
         x_, ws_[0], ws_[-1], bs[0], bs[-1], pre, h, x.stride(0), ws[0].stride(0),
         ws[-1].stride(0), M, N, K, ACT=activation, PTX=has_ptx(),
         GATED=len(ws) == 2, HAS_B=bs[0] is not None, HAS_C=bs[-1] is not None, SAVE_PRE=save_pre,
@@ -308,7 +316,7 @@ def _up_vendor(
     h = torch.empty_like(pre[0]) if save_pre else pre[0]
     tile = act_tile()
     if M > 0:
-        _act_kernel[(triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n))](
+        _act_kernel[(cdiv(M, tile.block_m), cdiv(N, tile.block_n))](
             pre, h, M, N, ACT=activation, PTX=has_ptx(), GATED=len(ws) == 2,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip
@@ -324,9 +332,9 @@ def _dh_fused(
     dpre = torch.empty_like(pre)
     how = how_to_load(dy, w2)
     tile = ffn_tile("dh", len(pre) == 2, how)
-    blocks_m = triton.cdiv(M, tile.block_m)
+    blocks_m = cdiv(M, tile.block_m)
     part = torch.empty((len(pre), blocks_m, N), dtype=torch.float32, device=dy.device)
-    _dh_kernel[(blocks_m * triton.cdiv(N, tile.block_n),)](
+    _dh_kernel[(blocks_m * cdiv(N, tile.block_n),)](
         *operands(how, tile, dy, w2, b_rows=False), pre, dpre, h, part, dy.stride(0), w2.stride(0),
         M, N, K, ACT=activation, PTX=has_ptx(), GATED=len(pre) == 2, SAVE_H=save_h,
         SUM=sum_, LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
@@ -343,11 +351,11 @@ def _dh_vendor(
     dpre = torch.empty_like(pre)
     torch.mm(dy, w2, out=dpre[0])
     tile = act_tile()
-    each = tile.block_m * max(1, triton.cdiv(M, 64 * tile.block_m))  # rows of a program
-    groups = triton.cdiv(M, each)
+    each = tile.block_m * max(1, cdiv(M, 64 * tile.block_m))  # rows of a program
+    groups = cdiv(M, each)
     part = torch.zeros((len(pre), max(1, groups), N), dtype=torch.float32, device=dy.device)
     if M > 0:
-        _act_grad_kernel[(groups, triton.cdiv(N, tile.block_n))](
+        _act_grad_kernel[(groups, cdiv(N, tile.block_n))](
             dpre, pre, h, part, M, N, each, ACT=activation, PTX=has_ptx(),
             GATED=len(pre) == 2, SAVE_H=save_h, SUM=sum_, BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n, **tile.options,

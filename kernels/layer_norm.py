@@ -35,6 +35,7 @@ from fastgpt.kernels.attention import kept
 from fastgpt.kernels.column_sum import column_sum
 from fastgpt.kernels.tiles import (
     all_registers,
+    cdiv,
     layer_norm_tile,
     norm_pieces,
     on_device,
@@ -366,7 +367,7 @@ def layer_norm_fwd(
             "DROPOUT": dropout_p > 0.0,
         }
         if pieces := norm_pieces(N, tile.block_n):
-            P = min(triton.cdiv(M, tile.block_m), programs(x, tile.num_warps))
+            P = min(cdiv(M, tile.block_m), programs(x, tile.num_warps))
             _fwd_kernel[(P,)](
                 *args, M, N, *numbers, ROWS=tile.block_m, PIECES=pieces, **flags,
                 **tile.options,
@@ -408,8 +409,8 @@ def layer_norm_bwd(
             "HAS_DRES": has_dres,
             "DROPOUT": dropout_p > 0.0,
         }
-        side, blocks = programs(h, tile.num_warps), triton.cdiv(N, tile.block_n)
-        P = min(triton.cdiv(M, tile.block_m), side if pieces else triton.cdiv(side, blocks))
+        side, blocks = programs(h, tile.num_warps), cdiv(N, tile.block_n)
+        P = min(cdiv(M, tile.block_m), side if pieces else cdiv(side, blocks))
         part = torch.empty((1 + has_bias, P, N), dtype=torch.float32, device=h.device)
         if pieces:
             _bwd_kernel[(P,)](

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.column_sum import column_sum
-from fastgpt.kernels.tiles import on_device, programs, rotary_tile
+from fastgpt.kernels.tiles import cdiv, on_device, programs, rotary_tile
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def rotary_fwd(
     with on_device(q):
         tile = rotary_tile(D)
         rows = 1 if q_weight is None else 2  # the weights are read once for so many
-        _fwd_kernel[(triton.cdiv(B * T, rows),)](
+        _fwd_kernel[(cdiv(B * T, rows),)](
             q, k, cos, sin, *weights, yq, yk, *q.stride()[:3], *k.stride()[:3], *strides,
             B * T, T, H, k.shape[2], eps, ROWS=rows, HALF=D // 2, ROT=cos.shape[-1],
             BLOCK_H=tile.block_m, BLOCK_D=tile.block_n,

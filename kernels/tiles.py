@@ -6,6 +6,7 @@ memory. Rows that `fastgpt tune` measured on a GPU say so, and take the place of
 tuned.py.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels.tuned import tunable
+from fastgpt.kernels import tuned
 
 COMPILED = "compiled, Triton 3.7.1"
 
@@ -67,7 +68,14 @@ def chip() -> str:
     """The family of the current device, a key of the tables below."""
     if interpreting():
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _family(driver, driver.get_current_device())
+
+
+@functools.lru_cache(maxsize=64)
+def _family(driver: Any, device: Any) -> str:
+    """Of a driver's current device, which is asked once: an answer takes microseconds."""
+    target = driver.get_current_target()
     if target.backend != "cuda":
         name = str(target.arch)
         return "gfx950" if name == "gfx950" else "gfx9" if name.startswith("gfx9") else "gfx11"
@@ -81,9 +89,21 @@ def chip() -> str:
     return "sm_100" if arch < 120 else "sm_120"
 
 
+tunable = functools.partial(tuned.tunable, where=lambda: chip())
+
+_HERE = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Launch on the tensor's own device, whatever the current one is."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. On the host Triton's takes as long as an allocation."""
+    return -(-a // b)
 
 
 def padded_head_dim(D: int) -> int:
@@ -242,7 +262,7 @@ def all_registers() -> dict[str, int]:
 
 def norm_pieces(N: int, block_n: int) -> int:
     """In how many pieces of block_n columns a program holds a row of N; 0 if it cannot."""
-    pieces = triton.cdiv(N, block_n)
+    pieces = cdiv(N, block_n)
     return pieces if pieces <= (3 if chip() == "interpreter" else 8) else 0
 
 
@@ -265,7 +285,7 @@ def layer_norm_tile(N: int, backward: bool = False, dropout: bool = False) -> Ti
             return Tile(2, 256, 1, 1)
     if N > 4096:
         most = min(most, 4)
-    needed = triton.next_power_of_2(triton.cdiv(N, per_warp * most))
+    needed = triton.next_power_of_2(cdiv(N, per_warp * most))
     if needed > warps:
         return Tile(1, min(1024, triton.next_power_of_2(N // 8) // 2), 4, 1)  # too narrow to hold
     return Tile(1, per_warp * needed, needed, 1)

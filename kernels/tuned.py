@@ -24,30 +24,30 @@ class Asked:
 
 
 _measured: dict[tuple[str, str], Any] = {}
+_chosen: dict[tuple[Any, ...], Any] = {}  # so far: a launch has no time to choose again
 _listeners: list[list[Asked]] = []
 
 
-def tuned(function: str, key: str, default: Any) -> Any:
-    """The tile that was measured to be the fastest for these arguments; the default without."""
-    tile = _measured.get((function, key), default)
-    for heard in _listeners:
-        heard.append(Asked(function, key, tile))
-    return tile
+def tunable(choose: Choice, *, where: Callable[[], str]) -> Choice:
+    """Let measured tiles take the place of those that a function of tiles.py chooses.
 
-
-def tunable(choose: Choice) -> Choice:
-    """Let measured tiles take the place of those that a function of tiles.py chooses."""
+    A choice is made once for each chip, as where() names it, and the function's arguments.
+    """
     signature = inspect.signature(choose)
 
     @functools.wraps(choose)
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        default = choose(*args, **kwargs)
-        if not _measured and not _listeners:
-            return default
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        key = ", ".join(f"{name}={value}" for name, value in bound.arguments.items())
-        return tuned(choose.__name__, key, default)
+        asked = (choose.__name__, where(), args, *kwargs.items())
+        tile = _chosen.get(asked)
+        if tile is None or _listeners:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            key = ", ".join(f"{name}={value}" for name, value in bound.arguments.items())
+            tile = _measured.get((choose.__name__, key)) or choose(*args, **kwargs)
+            _chosen[asked] = tile
+            for heard in _listeners:
+                heard.append(Asked(choose.__name__, key, tile))
+        return tile
 
     return chosen  # type: ignore[return-value]
 
@@ -56,6 +56,7 @@ def use_measured(tiles: Mapping[tuple[str, str], Any]) -> None:
     """From now on these tiles, by function and key, and no others that were measured."""
     _measured.clear()
     _measured.update(tiles)
+    _chosen.clear()
 
 
 @contextmanager

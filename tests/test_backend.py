@@ -142,8 +142,10 @@ def test_the_launch_is_guarded_by_the_tensors_device(
         guarded.append(index)
         return guard(index)
 
-    monkeypatch.setattr(torch.cuda, "device", watched)
     x = torch.randn(2, 8, device=f"cuda:{torch.cuda.device_count() - 1}")
+    layer_norm(x, x[0])
+    monkeypatch.setattr(torch.cuda, "device", watched)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -2)  # another than any tensor's
     layer_norm(x, x[0])
     assert len(guarded) == 1
     assert SANITIZED or guarded == [x.device]  # there the device is only the program's belief

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgpt
-from fastgpt.kernels import product, tiles
+from fastgpt.kernels import product, tiles, tuned
 from fastgpt.kernels.ffn import _rows as rows
 from fastgpt.ops import ffn, ffn_ref, register_flop_formulas
 from fastgpt.ops.backend import INTERPRET
@@ -34,6 +34,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Under the sanitizer, which takes a second for a tile of a GPU's, the interpreter's tiles."""
     if SANITIZED and "real_tiles" not in request.keywords:
         monkeypatch.setattr(tiles, "_FFN", dict.fromkeys(tiles._FFN, tiles._FFN["interpreter"]))
+        monkeypatch.setattr(tuned, "_chosen", {})
 
 
 def function(x: dict[str, Tensor], activation: str = "gelu_tanh", recompute: int = 1) -> Tensor:

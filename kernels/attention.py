@@ -362,13 +362,14 @@ def _loaded(
     tile: Tile, block_t: int, a: Tensor, b: Tensor, common: dict[str, Any]
 ) -> tuple[Any, Any, bool]:
     """a and b, or descriptors of their blocks of rows if wanted and possible; and which."""
-    pair = []
     # A block that reaches over the end of a sequence, or over hidden keys, is masked as it loads.
-    wanted = tile.descriptors and common["cu_q_ptr"] is None and common["mask_ptr"] is None
+    if not tile.descriptors or common["cu_q_ptr"] is not None or common["mask_ptr"] is not None:
+        return a, b, False
+    pair = []
     for t in (a, b):
         strides = [s if n > 1 else 16 for n, s in zip(t.shape, t.stride(), strict=True)][:3]
         odd = t.data_ptr() % 16 or any(s <= 0 or s * t.element_size() % 16 for s in strides)
-        if odd or not wanted:
+        if odd:
             return a, b, False
         block = [1, block_t, 1, padded_head_dim(t.shape[3])]
         pair.append(TensorDescriptor(t, list(t.shape), [*strides, 1], block))
@@ -459,7 +460,7 @@ def attention_fwd(
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
     B, Tq, H, D = q.shape
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse

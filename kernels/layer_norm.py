@@ -332,7 +332,7 @@ def _bwd_wide_kernel(
 
 def _rows(t: Tensor) -> Tensor:
     """t as (M, N) with contiguous rows: a view where one exists."""
-    t = t.reshape(-1, t.shape[-1])
+    t = t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
@@ -347,8 +347,10 @@ def layer_norm_fwd(
     rows = _rows(x)
     M, N = rows.shape
     res = rows if residual is None else _rows(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = torch.empty(x.shape if residual is not None else 0, dtype=res.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = x.new_empty(0)
+    if residual is not None:
+        h = torch.empty_like(residual, memory_format=torch.contiguous_format)
     rstd = torch.empty(M, dtype=torch.float32, device=x.device)
     mean = torch.empty(M if center else 0, dtype=torch.float32, device=x.device)
     if M == 0:

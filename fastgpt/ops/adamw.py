@@ -71,7 +71,7 @@ def stochastic_bfloat16(x: Tensor, seed: Tensor, tensor: int, step: Tensor) -> T
     return torch.where(x.isfinite(), signed.view(torch.float32), x).bfloat16()
 
 
-define(
+step_op = define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
     " Tensor(d!)[] steps, Tensor(e!)[] low, Tensor[] lrs, float[] hyper, int[] rules,"
     " Tensor(f!) control, Tensor? grad_scale, Tensor? found_inf, float? max_grad_norm,"
@@ -360,7 +360,7 @@ def adamw(
             lrs.append(torch.as_tensor(group.lr, dtype=torch.float32, device=device))
         lr = 0.0 if isinstance(group.lr, Tensor) else group.lr
         numbers += [lr, *group.betas, group.eps, group.weight_decay]
-    torch.ops.fastgpt.adamw_(
+    step_op(
         [p for group in groups for p in group.params],
         [_like(g, p) for group in groups for p, g in zip(group.params, group.grads, strict=True)],
         [m for group in groups for m in group.exp_avgs],

@@ -81,11 +81,11 @@ _EXTRAS = (
     " Tensor? document_ids=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,"
     " SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 )
-define(
+forward_op = define(
     "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, int left, int right, float dropout_p,"
     f" Tensor? seed, {_EXTRAS}) -> (Tensor, Tensor)"
 )
-define(
+backward_op = define(
     "attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     f" float scale, int left, int right, float dropout_p, Tensor? seed, {_EXTRAS},"
     " bool bias_grad=False) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -208,9 +208,7 @@ class AttentionFunction(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int,
         dropout_p: float, seed: Tensor | None, *extras: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        o, lse = torch.ops.fastgpt.attention_fwd(
-            q, k, v, scale, left, right, dropout_p, seed, *extras
-        )
+        o, lse = forward_op(q, k, v, scale, left, right, dropout_p, seed, *extras)
         x = Extras(*extras)
         ctx.save_for_backward(q, k, v, o, lse, seed, *x[1:7])
         ctx.set_materialize_grads(False)
@@ -236,9 +234,7 @@ class AttentionFunction(torch.autograd.Function):
                 (q, k, v, x.bias), (*needs[:3], bias_grad), (do, dlse),
             )  # fmt: skip
         else:
-            grads = torch.ops.fastgpt.attention_bwd(
-                do, dlse, q, k, v, o, lse, *ctx.rest, seed, *x, bias_grad
-            )
+            grads = backward_op(do, dlse, q, k, v, o, lse, *ctx.rest, seed, *x, bias_grad)
         dbias = grads[3] if bias_grad else None
         return (*grads[:3], *(dbias if n == BIAS else None for n in range(3, len(needs))))
 
@@ -324,7 +320,7 @@ def _check_devices(op: str, q: Tensor, **tensors: Tensor | None) -> None:
 def _obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float, x: Extras) -> str | None:
     if scale <= 0.0:
         return f"the kernel takes a positive softmax_scale; got {scale}"
-    if (stride := max(t.stride(1) for t in (q, k, v))) > MAX_ROW_STRIDE:
+    if (stride := max(q.stride(1), k.stride(1), v.stride(1))) > MAX_ROW_STRIDE:
         return f"the kernel takes strides along T up to {MAX_ROW_STRIDE} elements; got {stride}"
     if x.bias is not None and x.bias.dtype not in backend.KERNEL_DTYPES:
         return f"the kernel takes a float32, float16 or bfloat16 bias; got {x.bias.dtype}"

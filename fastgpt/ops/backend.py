@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +59,7 @@ class Choice:
         return f"{self.op}: {self.path} ({self.why})"
 
 
+_choice = lru_cache(maxsize=256)(Choice)  # calls make few that differ
 _last: dict[str, Choice] = {}
 _listeners: list[list[Choice]] = []
 
@@ -142,6 +144,11 @@ def runs_kernel(x: Tensor) -> bool:
     return x.is_cuda or INTERPRET or _rehearsing
 
 
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _obstacle(x: Tensor) -> str | None:
     """What keeps any kernel from running on x, or None."""
     if not runs_kernel(x):
@@ -157,7 +164,7 @@ def _obstacle(x: Tensor) -> str | None:
     if torch._C._functorch.maybe_current_level() is not None:
         return "kernels have no rule for the transforms of torch.func"
     if x.is_cuda and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(x.device)
+        capability = _capability(x.device)
         if capability < OLDEST:
             return f"kernels need compute capability 8.0; got {'.'.join(map(str, capability))}"
     return None
@@ -179,7 +186,7 @@ def kernel_chosen(op: str, x: Tensor, obstacle: str | None = None) -> bool:
             why = f'use("{path}")'
         elif why is None:
             why = "Triton's interpreter" if INTERPRET and not x.is_cuda else "a CUDA tensor"
-        _last[op] = choice = Choice(op, "triton" if chosen else "reference", why)
+        _last[op] = choice = _choice(op, "triton" if chosen else "reference", why)
         for heard in _listeners:
             heard.append(choice)
     return chosen
@@ -190,7 +197,11 @@ Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
 def autocast(*tensors: Maybe) -> tuple[Maybe, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch casts those of a matmul."""
-    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    device = "cpu"
+    for t in tensors:
+        if t is not None:
+            device = t.device.type
+            break
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

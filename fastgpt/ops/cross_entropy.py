@@ -97,11 +97,11 @@ def row_stride(logits: Tensor) -> int:
     return stride if logits.stride(1) == 1 and V <= stride < V + 64 else V
 
 
-define(
+forward_op = define(
     "cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index, float label_smoothing,"
     " float z_loss, float softcap) -> (Tensor, Tensor)"
 )
-define(
+backward_op = define(
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor stats, int ignore_index,"
     " float label_smoothing, float z_loss, float softcap) -> Tensor"
 )
@@ -158,7 +158,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, *how: Any) -> Tensor:
-        losses, stats = torch.ops.fastgpt.cross_entropy_fwd(logits, target, *how)
+        losses, stats = forward_op(logits, target, *how)
         ctx.save_for_backward(logits, target, stats)
         ctx.how = how
         return losses  # type: ignore[no-any-return]
@@ -175,7 +175,7 @@ class CrossEntropyFunction(torch.autograd.Function):
                 ), (logits,), (True,), (dloss,),
             )  # fmt: skip
         else:
-            dlogits = torch.ops.fastgpt.cross_entropy_bwd(dloss, logits, target, stats, *ctx.how)
+            dlogits = backward_op(dloss, logits, target, stats, *ctx.how)
         return dlogits, None, None, None, None, None
 
 

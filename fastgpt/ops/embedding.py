@@ -37,11 +37,11 @@ def embedding_ref(
     return _drop(h, dropout_p, seed)
 
 
-define(
+forward_op = define(
     "embedding_fwd(Tensor idx, Tensor wte, Tensor? wpe, SymInt start, float dropout_p,"
     " Tensor? seed) -> Tensor"
 )
-define(
+backward_op = define(
     "embedding_bwd(Tensor dy, Tensor idx, SymInt V, SymInt P, SymInt start, float dropout_p,"
     " Tensor? seed) -> (Tensor, Tensor)"
 )
@@ -103,7 +103,7 @@ class EmbeddingFunction(torch.autograd.Function):
         ctx.save_for_backward(idx, seed)
         ctx.rows = wte.shape[0], 0 if wpe is None else wpe.shape[0]
         ctx.start, ctx.dropout_p = start, dropout_p
-        return torch.ops.fastgpt.embedding_fwd(  # type: ignore[no-any-return]
+        return forward_op(  # type: ignore[no-any-return]
             idx, wte, wpe, start, dropout_p, seed
         )
 
@@ -125,9 +125,7 @@ class EmbeddingFunction(torch.autograd.Function):
                 lambda wte, wpe: embedding_ref(idx, wte, wpe, **kwargs), (wte, wpe), needs, (dy,)
             )
         else:
-            dwte, dwpe = torch.ops.fastgpt.embedding_bwd(
-                dy, idx, *rows, ctx.start, ctx.dropout_p, seed
-            )
+            dwte, dwpe = backward_op(dy, idx, *rows, ctx.start, ctx.dropout_p, seed)
         return None, dwte if needs[0] else None, dwpe if needs[1] else None, None, None, None
 
 

@@ -44,11 +44,11 @@ def ffn_ref(
     return F.linear(h, w2, b2)
 
 
-define(
+forward_op = define(
     "ffn_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? w_gate, Tensor?"
     " b_gate, str activation, bool save_pre, bool save_h) -> (Tensor, Tensor, Tensor)"
 )
-define(
+backward_op = define(
     "ffn_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? w_gate, Tensor? b_gate,"
     " Tensor pre, Tensor h, str activation, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -174,7 +174,7 @@ class FFNFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
         w_gate: Tensor | None, b_gate: Tensor | None, activation: str, recompute: int | bool,
     ) -> Tensor:  # fmt: skip
-        y, pre, h = torch.ops.fastgpt.ffn_fwd(
+        y, pre, h = forward_op(
             x, w1, b1, w2, b2, w_gate, b_gate, activation, recompute < 2, recompute < 1
         )
         ctx.save_for_backward(x, w1, b1, w2, b2, w_gate, b_gate, pre, h)
@@ -191,7 +191,7 @@ class FFNFunction(torch.autograd.Function):
                 (x, w1, b1, w2, b2, w_gate, b_gate), needs, (dy,),
             )  # fmt: skip
         else:
-            grads = torch.ops.fastgpt.ffn_bwd(
+            grads = backward_op(
                 dy, x, w1, b1, w2, w_gate, b_gate, pre, h, ctx.activation, list(needs)
             )
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
@@ -297,7 +297,7 @@ def ffn(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
         y = FFNFunction.apply(*args, activation, recompute)
     else:
-        y, _, _ = torch.ops.fastgpt.ffn_fwd(*args, activation, False, False)
+        y, _, _ = forward_op(*args, activation, False, False)
     return y.view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]
 
 

@@ -55,11 +55,11 @@ def layer_norm_ref(
     return y if residual is None else (y, h)
 
 
-define(
+forward_op = define(
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps,"
     " float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-define(
+backward_op = define(
     "layer_norm_bwd(Tensor? dy, Tensor? dh, Tensor h, Tensor weight, bool has_bias, Tensor mean,"
     " Tensor rstd, float dropout_p, Tensor? seed, ScalarType x_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -155,9 +155,7 @@ class LayerNormFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
         eps: float, dropout_p: float, seed: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        y, h, mean, rstd = torch.ops.fastgpt.layer_norm_fwd(
-            x, residual, weight, bias, eps, dropout_p, seed
-        )
+        y, h, mean, rstd = forward_op(x, residual, weight, bias, eps, dropout_p, seed)
         h = x if residual is None else h
         ctx.save_for_backward(h, weight, mean, rstd, seed)
         ctx.set_materialize_grads(False)
@@ -178,7 +176,7 @@ class LayerNormFunction(torch.autograd.Function):
             dres, dw, db = _double(dy, dh, h, weight, ctx.eps)
             dx = branch_grad(dres, ctx.dropout_p, seed, ctx.x_dtype)
         else:
-            dx, dres, dw, db = torch.ops.fastgpt.layer_norm_bwd(
+            dx, dres, dw, db = backward_op(
                 dy, dh, h, weight, needs_bias, mean, rstd, ctx.dropout_p, seed, ctx.x_dtype
             )
             dres = dx if dres.numel() == 0 else dres
@@ -234,8 +232,9 @@ def check_norm(
     """Raise unless shapes, dtypes and devices are those of a norm."""
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must have a last dimension of at least 1; got {tuple(x.shape)}")
+    last, device = x.shape[-1:], x.device
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.shape != x.shape[-1:]:
+        if t is not None and t.shape != last:
             raise ValueError(
                 f"{op}: {name} must be ({x.shape[-1]},), the last dimension of x;"
                 f" got {name} {tuple(t.shape)}, x {tuple(x.shape)}"
@@ -248,9 +247,9 @@ def check_norm(
     for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and not t.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must have a floating dtype; got {t.dtype}")
-        if t is not None and t.device != x.device:
+        if t is not None and t.device != device:
             raise ValueError(
-                f"{op}: all tensors must be on one device; got x {x.device}, {name} {t.device}"
+                f"{op}: all tensors must be on one device; got x {device}, {name} {t.device}"
             )
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(

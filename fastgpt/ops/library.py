@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._ops import OpOverload
 
 _lib = torch.library.Library("fastgpt", "DEF")
 implementations: dict[str, Callable[..., Any]] = {}
@@ -15,9 +16,11 @@ _flops: dict[str, Callable[..., Any]] = {}
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
-def define(schema: str) -> None:
-    """Declare an op: "name(Tensor x, ...) -> Tensor"."""
+def define(schema: str) -> OpOverload:
+    """Declare an op: "name(Tensor x, ...) -> Tensor". What comes back is it, to call."""
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op: OpOverload = getattr(torch.ops.fastgpt, schema.partition("(")[0]).default
+    return op
 
 
 def impl(name: str) -> Callable[[Fn], Fn]:

@@ -57,12 +57,12 @@ def linear_cross_entropy_ref(
     )  # fmt: skip
 
 
-define(
+forward_op = define(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target,"
     " int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType dtype,"
     " int? chunk, bool[] needs, bool kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-define(
+backward_op = define(
     "linear_cross_entropy_bwd(Tensor dloss, Tensor x, Tensor weight, Tensor? bias, Tensor target,"
     " Tensor stats, int ignore_index, float label_smoothing, float z_loss, float softcap,"
     " ScalarType dtype, int? chunk, bool[] needs, bool kernel) -> (Tensor, Tensor, Tensor)"
@@ -226,7 +226,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         now = needs if reduction != "none" else [False] * 3
-        losses, stats, dx, dw, db = torch.ops.fastgpt.linear_cross_entropy_fwd(
+        losses, stats, dx, dw, db = forward_op(
             x, weight, bias, target, *how, dtype, chunk, now, kernel
         )
         ctx.save_for_backward(x, weight, bias, target, stats, dx, dw, db)
@@ -259,9 +259,7 @@ def _grads(
 
         return backend.differentiable_grads(again, (x, weight, bias), tuple(ctx.needs), (dloss,))
     if ctx.reduction == "none":
-        made = torch.ops.fastgpt.linear_cross_entropy_bwd(
-            dloss, x, weight, bias, target, stats, *ctx.how, *ctx.rest
-        )
+        made = backward_op(dloss, x, weight, bias, target, stats, *ctx.how, *ctx.rest)
     else:
         scale = dloss
         if ctx.reduction == "mean":
@@ -365,8 +363,6 @@ def linear_cross_entropy(
             rows, weight, bias, flat, how, reduction, dtype, chunk, kernel
         )
     else:
-        losses = torch.ops.fastgpt.linear_cross_entropy_fwd(
-            rows, weight, bias, flat, *how, dtype, chunk, [False] * 3, kernel
-        )[0]
+        losses = forward_op(rows, weight, bias, flat, *how, dtype, chunk, [False] * 3, kernel)[0]
         loss = reduce(losses, flat, ignore_index, reduction)
     return loss.view(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]

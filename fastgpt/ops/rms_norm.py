@@ -35,11 +35,11 @@ def rms_norm_ref(
     return y if residual is None else (y, h)
 
 
-define(
+forward_op = define(
     "rms_norm_fwd(Tensor x, Tensor? residual, Tensor weight, float eps, float dropout_p,"
     " Tensor? seed) -> (Tensor, Tensor, Tensor)"
 )
-define(
+backward_op = define(
     "rms_norm_bwd(Tensor? dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, float dropout_p,"
     " Tensor? seed, ScalarType x_dtype) -> (Tensor, Tensor, Tensor)"
 )
@@ -126,7 +126,7 @@ class RMSNormFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
         dropout_p: float, seed: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        y, h, rstd = torch.ops.fastgpt.rms_norm_fwd(x, residual, weight, eps, dropout_p, seed)
+        y, h, rstd = forward_op(x, residual, weight, eps, dropout_p, seed)
         h = x if residual is None else h
         ctx.save_for_backward(h, weight, rstd, seed)
         ctx.set_materialize_grads(False)
@@ -145,9 +145,7 @@ class RMSNormFunction(torch.autograd.Function):
             dres, dw = _double(dy, dh, h, weight, ctx.eps)
             dx = branch_grad(dres, ctx.dropout_p, seed, ctx.x_dtype)
         else:
-            dx, dres, dw = torch.ops.fastgpt.rms_norm_bwd(
-                dy, dh, h, weight, rstd, ctx.dropout_p, seed, ctx.x_dtype
-            )
+            dx, dres, dw = backward_op(dy, dh, h, weight, rstd, ctx.dropout_p, seed, ctx.x_dtype)
             dres = dx if dres.numel() == 0 else dres
         return dx, dres if ctx.needs_input_grad[1] else None, dw, None, None, None
 

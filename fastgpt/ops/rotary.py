@@ -77,11 +77,11 @@ def rotary_ref(
     return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
 
 
-define(
+forward_op = define(
     "rotary_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight,"
     " float eps, bool interleaved, bool inverse) -> (Tensor, Tensor)"
 )
-define(
+backward_op = define(
     "rotary_norm_bwd(Tensor dyq, Tensor dyk, Tensor q, Tensor k, Tensor cos, Tensor sin,"
     " Tensor q_weight, Tensor k_weight, float eps, bool interleaved)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -154,9 +154,7 @@ class RotaryFunction(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
         k_weight: Tensor | None, eps: float, interleaved: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        yq, yk = torch.ops.fastgpt.rotary_fwd(
-            q, k, cos, sin, q_weight, k_weight, eps, interleaved, False
-        )
+        yq, yk = forward_op(q, k, cos, sin, q_weight, k_weight, eps, interleaved, False)
         kept = () if q_weight is None else (q, k, q_weight, k_weight)
         ctx.save_for_backward(cos, sin, *kept)
         ctx.set_materialize_grads(False)
@@ -185,15 +183,13 @@ class RotaryFunction(torch.autograd.Function):
             )  # fmt: skip
         elif kept:
             q, k, *weights = kept
-            dq, dk, dqw, dkw = torch.ops.fastgpt.rotary_norm_bwd(
+            dq, dk, dqw, dkw = backward_op(
                 dyq, dyk, q, k, cos, sin, *weights, ctx.eps, ctx.interleaved
             )
         elif backend.double_backward():
             dq, dk = rotary_ref(dyq, dyk, cos, -sin, interleaved=ctx.interleaved)
         else:
-            dq, dk = torch.ops.fastgpt.rotary_fwd(
-                dyq, dyk, cos, sin, None, None, ctx.eps, ctx.interleaved, True
-            )
+            dq, dk = forward_op(dyq, dyk, cos, sin, None, None, ctx.eps, ctx.interleaved, True)
         return dq, dk, None, None, dqw, dkw, None, None
 
 

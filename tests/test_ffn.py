@@ -321,6 +321,8 @@ def test_opcheck(activation: str, recompute: int, gated: bool) -> None:
     for needs in ([True] * 5, [True, False, False, True, False]):
         both = [*needs, gated, gated and needs[1]]
         torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (*rest, both))
+    turned = x["x"].T.contiguous().T
+    torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (rest[0], turned, *rest[2:], both))
 
 
 @pytest.mark.parametrize(

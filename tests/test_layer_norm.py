@@ -344,6 +344,16 @@ def test_function_gradcheck_and_double_backward(dropout_p: float) -> None:
     assert torch.autograd.gradgradcheck(f, x)
 
 
+def test_function_takes_one_row_without_a_batch() -> None:
+    x = [t.requires_grad_() for t in inputs(4, dtype=torch.float64, residual=True).values()]
+
+    def f(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Any:
+        return LayerNormFunction.apply(x, r, w, b, 1e-5, 0.0, None)
+
+    assert torch.autograd.gradcheck(f, x)
+    assert torch.autograd.gradgradcheck(f, x)
+
+
 @pytest.mark.parametrize("asking", ["x", "weight", "bias", "residual", "x bias"])
 def test_double_backward_of_what_asks_for_it_alone(asking: str) -> None:
     x = inputs(3, 4, dtype=torch.float64, residual=True)

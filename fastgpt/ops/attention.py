@@ -404,7 +404,8 @@ def attention(
             al., Train short, test long, 2021, https://arxiv.org/abs/2108.12409). The kernel gives
             them no gradient; where they ask for one, the reference runs.
         bias: (B or 1, H or 1, Tq or 1, Tk) of any floating dtype and strides, added to the scores;
-            -inf hides a key. It gets a gradient, of its own shape, for two products more.
+            -inf hides a key, and a query whose logits all lie below -1e30 sees none, to the
+            kernel. It gets a gradient, of its own shape, for two products more.
         key_mask: (B, Tk) bool, True where a key may be seen. What is in the others, NaN too,
             reaches neither output nor gradients.
         document_ids: (B, Tk) integers, in any order; a query sees only keys of its own document.

@@ -114,7 +114,7 @@ def _ffn_bwd(
     ws = (w1,) if w_gate is None else (w_gate, w1)
     none = x.new_empty(0)
     return (
-        sum((d @ w for d, w in zip(dpre, ws, strict=True)), torch.zeros_like(x))
+        sum((d @ w for d, w in zip(dpre, ws, strict=True)), x.new_zeros(x.shape))
         if needs[0]
         else none,
         dpre[-1].T @ x if needs[1] else none.clone(),

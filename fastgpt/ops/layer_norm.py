@@ -78,7 +78,7 @@ def _layer_norm_fwd(
         return layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)
     h = add_branch(x, residual, dropout_p, seed)
     y, _ = _plain(h, None, weight, bias, eps, 0.0, None)
-    wide = h.to(torch.promote_types(h.dtype, torch.float32)).flatten(0, -2)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32)).reshape(-1, h.shape[-1])
     var, mean = torch.var_mean(wide, -1, correction=0)
     rstd = torch.rsqrt(var + eps)
     y = y.to(x.dtype).contiguous()
@@ -214,7 +214,7 @@ def _double(
             (dy,),
         )
         dres = added(dnorm, dh)
-        db = dy.flatten(0, -2).sum(0).to(weight.dtype)
+        db = dy.reshape(-1, dy.shape[-1]).sum(0).to(weight.dtype)
     return None if dres is None else dres.to(h.dtype), dw, db
 
 

@@ -57,7 +57,7 @@ def _rms_norm_fwd(
         return rms_norm_fwd(x, residual, weight, eps, dropout_p, seed)
     h = add_branch(x, residual, dropout_p, seed)
     y = _plain(h, weight, eps, x.dtype).contiguous()
-    wide = h.to(torch.promote_types(h.dtype, torch.float32)).flatten(0, -2)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32)).reshape(-1, h.shape[-1])
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     return y, x.new_empty(0) if residual is None else h.contiguous(), rstd
 

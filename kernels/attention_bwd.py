@@ -16,8 +16,6 @@ one owner too, which makes ds again for every batch, head and block of queries t
 in order. That costs two more products, and no memory beyond dbias.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -476,29 +474,32 @@ def attention_bwd(
     do = torch.zeros_like(o) if do is None else _rows(do)
     strides = [n for t in (q, k, v, do) for n in _strides(t, cu_seqlens_q)]
     with on_device(q):
-        common: dict[str, Any] = _common(
+        common = _common(
             q, k, scale, left, right, dropout_p, softcap, alibi_slopes, bias, key_mask,
             document_ids, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         )  # fmt: skip
-        extras = common["inner"] is not None or key_mask is not None or document_ids is not None
-        tiles = attention_tiles(q.dtype, block_d, dropout_p > 0.0, extras)
+        tiles = attention_tiles(q.dtype, block_d, dropout_p > 0.0, common.extras)
+        longest_q, longest_k, *_ = common.sizes
+        numbers = (*strides, *common.sizes, *common.bounds)
         _delta_kernel[(cdiv(Tq, tiles.delta.block_m) * B * H,)](
             do, o, lse, dlse, nlse, ndelta,
             *do.stride()[:3], *o.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
             Tq, H, D, BLOCK_M=tiles.delta.block_m, BLOCK_D=block_d, PAD_D=block_d != D,
             HAS_DO=has_do, HAS_DLSE=dlse is not None, HAS_BIAS=bias is not None,
-            TRUNCATE=common["TRUNCATE"], **tiles.delta.options,
+            TRUNCATE=common.flags["TRUNCATE"], **tiles.delta.options,
         )  # fmt: skip
         many = B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
         q_in, do_in, tma = _loaded(tiles.dkdv, tiles.dkdv.block_m, q, do, common)
-        _dkdv_kernel[(cdiv(common["Tk"], tiles.dkdv.block_n) * many * heads,)](
-            q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *strides, softmax_scale=scale, TMA=tma,
-            BLOCK_M=tiles.dkdv.block_m, BLOCK_N=tiles.dkdv.block_n, **common, **tiles.dkdv.options,
+        _dkdv_kernel[(cdiv(longest_k, tiles.dkdv.block_n) * many * heads,)](
+            q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *numbers, scale, *common.rest, TMA=tma,
+            BLOCK_M=tiles.dkdv.block_m, BLOCK_N=tiles.dkdv.block_n, **common.flags,
+            **tiles.dkdv.options,
         )  # fmt: skip
         k_in, v_in, tma = _loaded(tiles.dq, tiles.dq.block_n, k, v, common)
-        _dq_kernel[(cdiv(common["Tq"], tiles.dq.block_m) * many * H,)](
-            q, k_in, v_in, do, nlse, ndelta, dq, seed, *strides, softmax_scale=scale, TMA=tma,
-            BLOCK_M=tiles.dq.block_m, BLOCK_N=tiles.dq.block_n, **common, **tiles.dq.options,
+        _dq_kernel[(cdiv(longest_q, tiles.dq.block_m) * many * H,)](
+            q, k_in, v_in, do, nlse, ndelta, dq, seed, *numbers, scale, *common.rest, TMA=tma,
+            BLOCK_M=tiles.dq.block_m, BLOCK_N=tiles.dq.block_n, **common.flags,
+            **tiles.dq.options,
         )  # fmt: skip
         if bias_grad:
             tile = dbias_tile(q.dtype, block_d)
@@ -506,8 +507,8 @@ def attention_bwd(
             blocks_m = 1 if rows < Tq else cdiv(Tq, tile.block_m)
             blocks = cdiv(Tk, tile.block_n) * blocks_m
             _dbias_kernel[(blocks * bias_heads * biases,)](
-                q, k, v, do, nlse, ndelta, dbias, seed, *strides, batches=B // biases,
-                heads=H // bias_heads, biases=bias_heads, ALL_M=rows < Tq,
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common, **tile.options,
+                q, k, v, do, nlse, ndelta, dbias, seed, *numbers, *common.rest, B // biases,
+                H // bias_heads, bias_heads, ALL_M=rows < Tq, BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n, **common.flags, **tile.options,
             )  # fmt: skip
     return dq, dk, dv, dbias

@@ -1,6 +1,6 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
-# make docs    the pages under docs/ that the lab generates
+# make docs    docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ test-cpu: .venv/dev
 
 # The kernels in Triton's interpreter, in float32 and float16.
 test-interpreted: .venv/dev
-	TRITON_INTERPRET=1 $(PYTEST) -m gpu --every-kernel tests
+	TRITON_INTERPRET=1 $(PYTEST) -m gpu --every-kernel=. tests
 
 # The tests written for a GPU, unchanged, with every access checked: bounds, races, memory read
 # before it was written; bfloat16 too. Two processes, since the sanitizer runs in one.
@@ -32,13 +32,16 @@ test-sanitized: .venv/dev
 	$(MAKE) --jobs 2 --output-sync sanitize-attention sanitize-rest
 
 SANITIZE := OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest -q -m gpu
+ATTENTION := tests/test_attention.py tests/test_attention_features.py
 sanitize-attention: .venv/dev
-	$(SANITIZE) tests/test_attention.py
+	$(SANITIZE) $(ATTENTION) --every-kernel=attention
 sanitize-rest: .venv/dev
-	$(SANITIZE) tests --ignore tests/test_attention.py --every-kernel
+	$(SANITIZE) tests $(ATTENTION:%=--ignore %) --every-kernel='(?!attention)'
 
+OPS := layer_norm rms_norm embedding rotary attention ffn cross_entropy linear_cross_entropy adamw
 docs: .venv/dev
-	$(BIN)/fastgpt lab layer_norm attention ffn --with traffic --markdown docs/kernels.md
+	$(BIN)/fastgpt lab $(OPS) --with traffic --markdown docs/kernels.md
+	$(BIN)/python -m benchmarks.error_growth --png docs/error_growth.png
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
     TRITON_INTERPRET=1 pytest -m gpu            # Triton's interpreter; on a CPU, no bfloat16
 
 In each of them a gpu test that launches no kernel fails: the reference path proves nothing there.
-With --every-kernel the run fails unless every kernel of fastgpt was launched.
+With --every-kernel=PATTERN the run fails unless every kernel of fastgpt whose name, file.function,
+the pattern matches from its start was launched.
 """
 
 import os
@@ -49,7 +50,7 @@ def all_kernels() -> set[str]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-kernel", action="store_true", help="fail unless each kernel ran")
+    parser.addoption("--every-kernel", metavar="PATTERN", help="fail unless each of these ran")
     parser.addoption(
         "--every-configuration", action="store_true", help="compile all choices for all chips"
     )
@@ -139,10 +140,18 @@ def proof(request: pytest.FixtureRequest) -> Iterator[None]:
     assert launched.total() > before, "no kernel was launched: this test proves nothing here"
 
 
+def never_launched(config: pytest.Config) -> set[str]:
+    """Of the kernels that --every-kernel asks for."""
+    pattern = config.getoption("--every-kernel")
+    if pattern is None:
+        return set()
+    return {name for name in all_kernels() - set(launched) if re.match(pattern, name)}
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["launched"] = dict(launched)
-    elif session.config.getoption("--every-kernel") and all_kernels() - set(launched):
+    elif never_launched(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -152,7 +161,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     mode = "Triton's interpreter" if INTERPRET else torch.cuda.get_device_name()
     counts = ", ".join(f"{name} {n}" for name, n in sorted(launched.items()))
     terminalreporter.write_line(f"kernel launches ({mode}): {counts}")
-    if config.getoption("--every-kernel") and (missing := all_kernels() - set(launched)):
+    if missing := never_launched(config):
         terminalreporter.write_line(f"NEVER LAUNCHED: {', '.join(sorted(missing))}", red=True)
 
 

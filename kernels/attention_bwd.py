@@ -460,9 +460,9 @@ def attention_bwd(
     q, k, v = _rows(q), _rows(k), _rows(v)
     B, Tq, H, D = q.shape
     heads = k.shape[2]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     like = q if bias is None else bias
     shape = like.shape if bias_grad else (0,)
     dbias = torch.empty(shape, dtype=like.dtype, device=q.device)

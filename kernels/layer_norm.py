@@ -391,9 +391,9 @@ def layer_norm_bwd(
     else:
         dy_rows = _rows(dy)
     dh_rows = dy_rows if dh is None else _rows(dh)
-    dx = torch.empty(h.shape, dtype=x_dtype, device=h.device)
+    dx = torch.empty_like(h, dtype=x_dtype, memory_format=torch.contiguous_format)
     has_dres = dropout_p > 0.0 or x_dtype != h.dtype
-    dres = torch.empty(h.shape if has_dres else 0, dtype=h.dtype, device=h.device)
+    dres = torch.empty_like(dx, dtype=h.dtype) if has_dres else h.new_empty(0)
     if M == 0:
         dw = torch.zeros_like(weight)
         return dx, dres, dw, torch.zeros_like(weight) if has_bias else weight.new_empty(0)

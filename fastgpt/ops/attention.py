@@ -209,11 +209,10 @@ class AttentionFunction(torch.autograd.Function):
         dropout_p: float, seed: Tensor | None, *extras: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         o, lse = forward_op(q, k, v, scale, left, right, dropout_p, seed, *extras)
-        x = Extras(*extras)
-        ctx.save_for_backward(q, k, v, o, lse, seed, *x[1:7])
+        ctx.save_for_backward(q, k, v, o, lse, seed, *extras[1:7])
         ctx.set_materialize_grads(False)
         ctx.rest = (scale, left, right, dropout_p)
-        ctx.sizes = (x.softcap, x.max_seqlen_q, x.max_seqlen_k)
+        ctx.sizes = (extras[0], *extras[7:]) if extras else ()
         return o, lse
 
     @staticmethod
@@ -223,7 +222,7 @@ class AttentionFunction(torch.autograd.Function):
         if do is None and dlse is None:
             return (None,) * len(needs)
         scale, left, right, dropout_p = ctx.rest
-        x = Extras(ctx.sizes[0], *tensors, *ctx.sizes[1:])
+        x = Extras(*ctx.sizes[:1], *tensors, *ctx.sizes[1:])
         bias_grad = len(needs) > BIAS and needs[BIAS]
         grads: tuple[Tensor | None, ...]
         if backend.double_backward():

@@ -49,12 +49,12 @@ def test_the_table_is_of_the_triton_that_is_installed_by_default() -> None:
     assert f"triton=={MADE_WITH[2]}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_products_read_their_operands_16_bytes_at_a_time() -> None:
+def test_products_read_their_operands_16_bytes_at_a_time_or_in_bulk() -> None:
     subjects = [lab.subject("ffn._up_kernel"), lab.subject("ffn._dh_kernel")]
     for row in lab.study(subjects, ["sm_80", "sm_90", "gfx950"], workers=0).rows:
         assert row.loop is not None
         for kind in ("global_load", "global_async"):
-            assert set(row.loop.widths.get(kind, {})) <= {16}, (row.kernel, row.target, kind)
+            assert set(row.loop.widths.get(kind, {})) <= {16, 0}, (row.kernel, row.target)
 
 
 def test_the_page_names_every_column_of_a_gate() -> None:

@@ -11,7 +11,7 @@ makes the kernels run on CPU tensors in Triton's interpreter.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -206,6 +206,14 @@ def autocast(*tensors: Maybe) -> tuple[Maybe, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype not in KERNEL_DTYPES else t.to(dtype) for t in tensors)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, autocast is off on x's device, if that has it: "meta" has not."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def double_backward() -> bool:

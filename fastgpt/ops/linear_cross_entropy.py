@@ -143,7 +143,7 @@ def _linear_cross_entropy_fwd(
     """x (M, C), in products of dtype -> losses (M,), stats (2, M) unless gradients are needed, and
     the gradients of the sum of losses: dx (M, C), dw (V, C), db (V,), all in float32."""
     how = (ignore_index, label_smoothing, z_loss, softcap)
-    with torch.autocast(x.device.type, enabled=False):
+    with backend.without_autocast(x):
         x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
         if kernel:
             from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_fwd
@@ -176,7 +176,7 @@ def _linear_cross_entropy_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients for a dloss (M,) of each row, from logits made again."""
     how = (ignore_index, label_smoothing, z_loss, softcap)
-    with torch.autocast(x.device.type, enabled=False):
+    with backend.without_autocast(x):
         x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
         if kernel:
             from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_bwd

@@ -37,6 +37,7 @@ from fastgpt.kernels.tiles import (
     Tile,
     attention_flags,
     attention_tiles,
+    by_pointers,
     cdiv,
     on_device,
     padded_head_dim,
@@ -489,6 +490,7 @@ def attention_fwd(
         band = max(1, L2_BYTES // max(1, 2 * longest_k * D * k.element_size()))
         BH = H * (B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
         k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
+        tile = tile if tma else by_pointers(tile)
         _fwd_kernel[(cdiv(longest_q, tile.block_m) * BH,)](
             q, k_in, v_in, o, lse, seed,
             *_strides(q, cu_seqlens_q), *_strides(k, cu_seqlens_q), *_strides(v, cu_seqlens_q),

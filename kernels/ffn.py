@@ -49,9 +49,12 @@ def fuses(x: Tensor) -> bool:
     0.07 to 0.14 on A100, H100 and B200 at their peaks. A Triton product reaches 0.8 to 0.95 of
     cuBLAS (Triton tutorial 9 and Gluon tutorials 7, 8), so the fusion pays for K up to about 2048
     and not beyond. In float32 without TF32 a Triton product runs on the plain FMA units at a
-    fraction of the vendor's rate: never fused.
+    fraction of the vendor's rate: never fused. Rows that are no multiple of 16 bytes are read by
+    single elements, past the copies that run beside the products, into registers that are not
+    there: left to the vendor too.
     """
-    return x.dtype != torch.float32 and x.shape[1] <= WIDEST_FUSED
+    whole = x.shape[1] * x.element_size() % 16 == 0 or interpreting()
+    return x.dtype != torch.float32 and x.shape[1] <= WIDEST_FUSED and whole
 
 
 if interpreting():

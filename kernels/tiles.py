@@ -8,7 +8,7 @@ tuned.py.
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -186,11 +186,15 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
 }
 # Head dims of 136 to 256, any chip. Backward spills: two accumulators of 256 columns a key.
 _ATTENTION_WIDE = (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2))
-# With extras, on NVIDIA and on AMD: a bias takes a tile of addresses as well, of 64 bits each.
-_ATTENTION_EXTRAS = (
-    (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
-    (Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1)),
-)
+# With extras: a bias takes a tile of addresses as well, of 64 bits each.
+_EXTRAS_AMD = (Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
+_EXTRAS_NVIDIA = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2))
+_ATTENTION_EXTRAS = {
+    "gfx9": _EXTRAS_AMD,
+    "gfx950": _EXTRAS_AMD,
+    "gfx11": _EXTRAS_AMD,
+    "sm_100": (Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(128, 32, 8, 2)),
+}
 # float32, any chip: products on the plain FMA units, since TF32 would round the inputs.
 _ATTENTION_FLOAT32 = {
     64: (Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 32, 8, 1)),
@@ -214,12 +218,17 @@ def attention_tiles(
     elif block_d > 128:
         fwd, dkdv, dq = _ATTENTION_WIDE
     elif extras:
-        fwd, dkdv, dq = _ATTENTION_EXTRAS[where.startswith("gfx")]
+        fwd, dkdv, dq = _ATTENTION_EXTRAS.get(where, _EXTRAS_NVIDIA)
     else:
         at = max(64, block_d)
         rows = _ATTENTION[where]
         fwd, dkdv, dq = (_ATTENTION_DROPOUT[where] if dropout else rows).get(at, rows[at])
     return AttentionTiles(fwd, Tile(32, 32, 4, 1), dkdv, dq)
+
+
+def by_pointers(tile: Tile) -> Tile:
+    """A tile that was to be loaded by descriptors, and cannot be: addresses take registers too."""
+    return replace(tile, num_warps=8, descriptors=False) if tile.descriptors else tile
 
 
 def attention_flags(dtype: torch.dtype) -> dict[str, bool]:

@@ -220,7 +220,7 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
         ),
     ]
     share = CHIPS.index(target)
-    yield from near if every else near[share % 4 :: 4]
+    yield from near if every else near[share % 8 :: 8]
     yield from far if every else far[share :: 6 * len(CHIPS)]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgpt.lab import child, numbers
+from fastgpt.lab import child, interpret, numbers
 from fastgpt.lab.launch import DTYPES
 from fastgpt.lab.result import Number
 from fastgpt.ops import backend
@@ -66,6 +66,8 @@ def compare(cuda: bool) -> list[Agreement]:
     Raises:
         ValueError: no kernel can run here.
     """
+    if not cuda:
+        interpret.mend()
     device, where = torch.device("cuda" if cuda else "cpu"), "compiled" if cuda else "interpreter"
     return [r for case in _cases(cuda) for r in _rows(numbers.compare(case, device, where))]
 

@@ -1,11 +1,12 @@
 """Run a launch in Triton's interpreter, on tensors of the CPU, as compiled code would run it.
 
 For a process with TRITON_INTERPRET=1 that does nothing else (see `fastgpt.lab.child`): what is
-changed of the interpreter stays changed. Four things it does otherwise are mended here:
+changed of the interpreter stays changed. Five things it does otherwise are mended here:
 
     bfloat16    it multiplies the raw bits in tl.dot; float16 stands in, as many bytes
     floats      an argument stays a Python float, on which `eps.to(tl.float32)` fails
     range       Triton 3.6 with NumPy 2.4 takes no integer argument as a bound
+    masks       Triton 3.9 spreads a bool as integers, and loads by masks of bool alone
     libdevice   rsqrt, tanh and the rest give None, or cannot run; PyTorch's stand in
 """
 
@@ -94,7 +95,16 @@ def mend() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
+    splat = own.InterpreterBuilder.create_splat
+
+    def splatted(self: Any, kind: Any, arg: Any) -> Any:
+        made = splat(self, kind, arg)
+        if kind.scalar != tl.int1:
+            return made
+        return own.TensorHandle(made.data.astype(bool), tl.int1)
+
     own._implicit_cvt, own._patch_lang_tensor = converted, patched
+    own.InterpreterBuilder.create_splat = splatted
     # Before the kernel's module is imported: it may take the functions by name.
     for where in ("triton.language.extra.libdevice", "triton.language.extra.cuda.libdevice"):
         library = import_module(where)

@@ -63,9 +63,9 @@ class GPTConfig:
         qk_norm: whether q and k of each head are RMS-normalised first; "llama" only.
         recompute: what the kernels make again in backward rather than keep. 0: nothing. 1: the
             activation, which costs no matrix product. 2: the norms and the first product of the
-            feed-forward too, 2 n_embd n_inner operations a token and layer (twice that if gated),
-            a twelfth to an eighth of a training step's. It is no part of the shape: models that
-            differ in it alone are equal.
+            feed-forward too, 2 n_embd n_inner operations a token and layer, twice that if gated: a
+            ninth, or a seventh, of those that the blocks' weights take in a training step. It is no
+            part of the shape: models that differ in it alone are equal.
     """
 
     block_size: int = 1024

@@ -30,6 +30,7 @@ setup(
         "dev": [
             *TRAIN,
             *LAB,
+            "accelerate>=1.1",  # transformers' Trainer
             "gguf>=0.19",  # GGUF files, and the test that loads one
             "hypothesis>=6.100",
             "liger-kernel>=0.8",  # a peer's kernels, for the lab
@@ -41,7 +42,7 @@ setup(
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
-            "transformers>=5.20,<6",
+            "transformers>=5.17,<6",
             "types-PyYAML",
         ],
     },

@@ -18,7 +18,7 @@ OPS = (
 LAYERS = {
     "kernels": 0, "ops": 1, "layers": 2, "optim": 2, "config": 2, "model": 3,
     "tokenizer": 4, "data": 4, "generate": 4, "pretrained": 4, "train": 5, "lab": 6, "demo": 7,
-    "cli": 8, "tune_ops": 6, "tune": 7, "warmup": 7,
+    "huggingface": 5, "cli": 8, "tune_ops": 6, "tune": 7, "warmup": 7,
 }  # fmt: skip
 SOURCES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastgpt").rglob("*.py")]
 
@@ -76,7 +76,7 @@ def test_the_environment_is_read_in_one_place() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["fastgpt", "fastgpt.cli"])
+@pytest.mark.parametrize("module", ["fastgpt", "fastgpt.cli", "fastgpt.huggingface"])
 def test_importing_asks_nothing_of_the_machine(module: str) -> None:
     code = (
         "import torch, sys\n"

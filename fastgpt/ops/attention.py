@@ -16,7 +16,7 @@ MAX_ROW_STRIDE = 2**23  # elements: a tile of 256 rows is addressed by int32 wit
 BIAS = 8 + Extras._fields.index("bias")  # its place among AttentionFunction's inputs
 
 
-def _bounds(causal: bool, window: int | None) -> tuple[int, int]:
+def bounds_of(causal: bool, window: int | None) -> tuple[int, int]:
     """How far a query sees to the left and to the right of its own position; -1 is no bound."""
     left = -1 if window is None else window - 1
     return left, (0 if causal else left)
@@ -42,7 +42,7 @@ def attention_ref(
     """The specification of `attention`, with the T x T matrix that the kernels never make."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     extras = Extras(softcap or 0.0, alibi_slopes, bias, key_mask, document_ids)
-    o, lse = reference(q, k, v, scale, *_bounds(causal, window), dropout_p, seed, extras)
+    o, lse = reference(q, k, v, scale, *bounds_of(causal, window), dropout_p, seed, extras)
     return (o, lse) if return_lse else o
 
 
@@ -71,7 +71,7 @@ def attention_varlen_ref(
         max_seqlen_q=max(1, max_seqlen_q), max_seqlen_k=max(1, max_seqlen_k),
     )  # fmt: skip
     o, lse = reference(
-        q[None], k[None], v[None], scale, *_bounds(causal, window), dropout_p, seed, extras
+        q[None], k[None], v[None], scale, *bounds_of(causal, window), dropout_p, seed, extras
     )
     return (o[0], lse[0]) if return_lse else o[0]
 
@@ -440,7 +440,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     extras = Extras(float(softcap or 0.0), alibi_slopes, bias, key_mask, document_ids)
     o, lse = _run(
-        "attention", q, k, v, scale, _bounds(causal, window), dropout_p, seed, return_lse, extras
+        "attention", q, k, v, scale, bounds_of(causal, window), dropout_p, seed, return_lse, extras
     )
     return (o, lse) if return_lse and lse is not None else o
 
@@ -536,6 +536,6 @@ def attention_varlen(
         cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
         max_seqlen_q=max(1, max_seqlen_q), max_seqlen_k=max(1, max_seqlen_k),
     )  # fmt: skip
-    bounds = _bounds(causal, window)
+    bounds = bounds_of(causal, window)
     o, lse = _run(op, q[None], k[None], v[None], scale, bounds, dropout_p, seed, return_lse, extras)
     return (o[0], lse[0]) if return_lse and lse is not None else o[0]

@@ -108,6 +108,31 @@ def _logits(
     return s.masked_fill(~see[:, None], float("-inf")), bend
 
 
+def _heads(t: Tensor, heads: int, x: Extras) -> Tensor:
+    """Keys or values, each head as often as queries read it, without what is hidden."""
+    return repeat(shown(t, x.key_mask), "b t h d -> b t (h g) d", g=heads // t.shape[2])
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, scale: float, left: int, right: int, p: float, seed: Tensor | None,
+    x: Extras,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> the weights (B, H, Tq, Tk), dropped out; the logits; (B, H, Tq, 1) has a query any key."""
+    s, _ = _logits(q, _heads(k, q.shape[2], x), scale, left, right, x)
+    some = (s != float("-inf")).any(-1, keepdim=True)  # of the keys is seen
+    s = s.masked_fill(~some, 0.0)
+    w = s.softmax(-1) * some
+    if p > 0.0:
+        seed = draw_seed(q.device) if seed is None else seed
+        w = w * dropout_mask(seed, tuple(w.shape), p) / (1.0 - p)
+    return w, s, some
+
+
+def weigh(w: Tensor, v: Tensor, x: Extras) -> Tensor:
+    """The weighted sum of the values: (B, H, Tq, Tk), (B, Tk, Hkv, D) -> (B, Tq, H, D)."""
+    return einsum(w, _heads(v, w.shape[1], x), "b h i j, b j h d -> b i h d")
+
+
 def reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, p: float,
     seed: Tensor | None, x: Extras,
@@ -120,17 +145,8 @@ def reference(
         )  # fmt: skip
         lse = unpad(lse.transpose(1, 2), x.cu_seqlens_q, q.shape[1]).transpose(1, 2)
         return unpad(o, x.cu_seqlens_q, q.shape[1]), lse
-    groups = q.shape[2] // k.shape[2]
-    k, v = (repeat(shown(t, x.key_mask), "b t h d -> b t (h g) d", g=groups) for t in (k, v))
-    s, _ = _logits(q, k, scale, left, right, x)
-    some = (s != float("-inf")).any(-1, keepdim=True)  # of the keys is seen
-    s = s.masked_fill(~some, 0.0)
-    w = s.softmax(-1) * some
-    if p > 0.0:
-        seed = draw_seed(q.device) if seed is None else seed
-        w = w * dropout_mask(seed, tuple(w.shape), p) / (1.0 - p)
-    o = einsum(w.to(v.dtype), v, "b h i j, b j h d -> b i h d")
-    return o, s.logsumexp(-1).masked_fill(~some[..., 0], float("-inf"))
+    w, s, some = attention_weights(q, k, scale, left, right, p, seed, x)
+    return weigh(w.to(v.dtype), v, x), s.logsumexp(-1).masked_fill(~some[..., 0], float("-inf"))
 
 
 def reference_bwd(

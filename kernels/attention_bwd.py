@@ -43,7 +43,14 @@ from fastgpt.kernels.attention import (
     _tile,
     kept,
 )
-from fastgpt.kernels.tiles import attention_tiles, cdiv, dbias_tile, on_device, padded_head_dim
+from fastgpt.kernels.tiles import (
+    attention_tiles,
+    by_pointers,
+    cdiv,
+    dbias_tile,
+    on_device,
+    padded_head_dim,
+)
 
 
 @triton.jit(do_not_specialize=["Tq"])
@@ -489,17 +496,19 @@ def attention_bwd(
             TRUNCATE=common.flags["TRUNCATE"], **tiles.delta.options,
         )  # fmt: skip
         many = B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
-        q_in, do_in, tma = _loaded(tiles.dkdv, tiles.dkdv.block_m, q, do, common)
-        _dkdv_kernel[(cdiv(longest_k, tiles.dkdv.block_n) * many * heads,)](
+        tile = tiles.dkdv
+        q_in, do_in, tma = _loaded(tile, tile.block_m, q, do, common)
+        tile = tile if tma else by_pointers(tile, block_d, accumulators=2)
+        _dkdv_kernel[(cdiv(longest_k, tile.block_n) * many * heads,)](
             q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *numbers, scale, *common.rest, TMA=tma,
-            BLOCK_M=tiles.dkdv.block_m, BLOCK_N=tiles.dkdv.block_n, **common.flags,
-            **tiles.dkdv.options,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags, **tile.options,
         )  # fmt: skip
-        k_in, v_in, tma = _loaded(tiles.dq, tiles.dq.block_n, k, v, common)
-        _dq_kernel[(cdiv(longest_q, tiles.dq.block_m) * many * H,)](
+        tile = tiles.dq
+        k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
+        tile = tile if tma else by_pointers(tile)
+        _dq_kernel[(cdiv(longest_q, tile.block_m) * many * H,)](
             q, k_in, v_in, do, nlse, ndelta, dq, seed, *numbers, scale, *common.rest, TMA=tma,
-            BLOCK_M=tiles.dq.block_m, BLOCK_N=tiles.dq.block_n, **common.flags,
-            **tiles.dq.options,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags, **tile.options,
         )  # fmt: skip
         if bias_grad:
             tile = dbias_tile(q.dtype, block_d)

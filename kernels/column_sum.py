@@ -36,9 +36,11 @@ def column_sum(part: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """part: (1 or 2, P, N) float32, contiguous -> for each of the first the (N,) sums, in dtype."""
     count, P, N = part.shape
     out = [torch.empty(N, dtype=dtype, device=part.device) for _ in range(count)]
-    block_p, block_n = (4, 64) if interpreting() else (16, 64)
+    # Many programs, since there are few columns: of 2112 x 768 an H100 makes this in a fifth of
+    # the time of blocks of 16 x 64.
+    block_p, block_n = (4, 64) if interpreting() else (128, 16)
     with on_device(part):
         _column_sum_kernel[(cdiv(N, block_n), count)](
-            part, out[0], out[-1], P, N, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4
+            part, out[0], out[-1], P, N, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8
         )
     return out

@@ -1,9 +1,9 @@
 """Tile sizes per op, width and chip: small tables, no autotuner, no query at import.
 
-No row of these tables was timed: the basis of each is that it was compiled. It is the largest
-tile, of those tried, that compiles for its chips without register spills and within their shared
-memory. Rows that `fastgpt tune` measured on a GPU say so, and take the place of these there; see
-tuned.py.
+The basis of most rows is that they were compiled: the largest tile, of those tried, that compiles
+for its chips without register spills and within their shared memory. Rows whose basis is MEASURED
+were the fastest of some fifty, at GPT-2's sizes and contexts of 1024 and 4096. What `fastgpt tune`
+measures on a GPU takes the place of these there; see tuned.py.
 """
 
 import functools
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgpt.kernels import tuned
 
 COMPILED = "compiled, Triton 3.7.1"
+MEASURED = "measured on NVIDIA H100 80GB HBM3, Triton 3.6.0"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,10 @@ def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tile:
     return Tile(block_m, block_n, num_warps, num_stages, descriptors=True)
 
 
+def _measured(tile: Tile) -> Tile:
+    return replace(tile, basis=MEASURED)
+
+
 # Per chip and padded head dim up to that key: queries x keys of forward, dk/dv and dq, in 16-bit
 # dtypes. Dropout keeps a tile of random bits as well; where that spills, its own row follows.
 _ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
@@ -127,8 +132,16 @@ _ATTENTION: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         128: (Tile(128, 64, 8, 2), Tile(32, 64, 4, 3), Tile(128, 64, 8, 2)),
     },
     "sm_90": {
-        64: (_tma(128, 128, 4, 2), Tile(64, 128, 8, 3), _tma(128, 64, 8, 3)),
-        128: (_tma(128, 128, 8, 3), _tma(64, 128, 8, 3), _tma(128, 64, 8, 3)),
+        64: (
+            _measured(_tma(64, 64, 4, 2)),
+            _measured(_tma(64, 64, 4, 2)),
+            _measured(_tma(64, 64, 4, 3)),
+        ),
+        128: (
+            _measured(_tma(64, 64, 4, 3)),
+            _measured(_tma(64, 64, 4, 2)),
+            _measured(_tma(128, 64, 8, 3)),
+        ),
     },
     "sm_100": {
         64: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
@@ -163,8 +176,16 @@ _ATTENTION_DROPOUT: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         128: (Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 2)),
     },
     "sm_90": {
-        64: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
-        128: (Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)),
+        64: (
+            _measured(Tile(64, 64, 4, 3)),
+            _measured(Tile(32, 64, 4, 3)),
+            _measured(Tile(64, 32, 4, 3)),
+        ),
+        128: (
+            _measured(Tile(64, 64, 4, 3)),
+            _measured(Tile(32, 128, 8, 3)),
+            _measured(_tma(64, 32, 4, 3)),
+        ),
     },
     "sm_100": {
         64: (Tile(128, 32, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
@@ -189,6 +210,18 @@ _ATTENTION_WIDE = (Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(64, 16, 4, 2))
 # With extras: a bias takes a tile of addresses as well, of 64 bits each.
 _EXTRAS_AMD = (Tile(64, 32, 4, 1), Tile(16, 64, 4, 1), Tile(64, 16, 4, 1))
 _EXTRAS_NVIDIA = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2))
+_EXTRAS_HOPPER = {
+    64: (
+        _measured(_tma(64, 64, 4, 2)),
+        _measured(_tma(32, 64, 4, 2)),
+        _measured(_tma(64, 64, 4, 3)),
+    ),
+    128: (
+        _measured(_tma(64, 64, 4, 2)),
+        _measured(Tile(32, 128, 8, 3)),
+        _measured(_tma(64, 64, 4, 2)),
+    ),
+}
 _ATTENTION_EXTRAS = {
     "gfx9": _EXTRAS_AMD,
     "gfx950": _EXTRAS_AMD,
@@ -217,6 +250,8 @@ def attention_tiles(
         fwd, dkdv, dq = _ATTENTION_FLOAT32[max(64, block_d)]
     elif block_d > 128:
         fwd, dkdv, dq = _ATTENTION_WIDE
+    elif extras and where == "sm_90" and not dropout:
+        fwd, dkdv, dq = _EXTRAS_HOPPER[max(64, block_d)]
     elif extras:
         fwd, dkdv, dq = _ATTENTION_EXTRAS.get(where, _EXTRAS_NVIDIA)
     else:
@@ -226,9 +261,17 @@ def attention_tiles(
     return AttentionTiles(fwd, Tile(32, 32, 4, 1), dkdv, dq)
 
 
-def by_pointers(tile: Tile) -> Tile:
-    """A tile that was to be loaded by descriptors, and cannot be: addresses take registers too."""
-    return replace(tile, num_warps=8, descriptors=False) if tile.descriptors else tile
+def by_pointers(tile: Tile, block_d: int = 0, accumulators: int = 1) -> Tile:
+    """A tile that was to be loaded by descriptors, and cannot be: addresses take registers too.
+
+    A warp group's products have 64 rows: twice the warps would make each of them twice.
+    """
+    if not tile.descriptors:
+        return tile
+    if tile.block_m > 64:
+        return replace(tile, num_warps=8, descriptors=False)
+    rows = 32 if accumulators > 1 and block_d > 64 else tile.block_m
+    return replace(tile, block_m=rows, num_stages=3, descriptors=False)
 
 
 def attention_flags(dtype: torch.dtype) -> dict[str, bool]:
@@ -287,7 +330,15 @@ def layer_norm_tile(N: int, backward: bool = False, dropout: bool = False) -> Ti
     if N <= 256:
         block_n = triton.next_power_of_2(N)
         return Tile(min(32, max(1, (256 if backward else 512) // block_n)), block_n, 1, 1)
+    if chip() == "sm_90" and not dropout and N <= 8192:
+        # More of its programs fit a multiprocessor, and leave fewer partial sums backward.
+        block_n = triton.next_power_of_2(cdiv(N, 4 if backward else 2))
+        warps = max(1, block_n // (128 if backward else 512))
+        if warps <= 8:
+            return Tile(1, block_n, warps, 1, basis=MEASURED)
     per_warp, most, warps = 256, (2 if backward else 3) if dropout else (4 if backward else 8), 8
+    if chip() == "sm_90" and not backward:
+        most = 4
     if chip().startswith("gfx9"):  # 64 lanes, and of 4 warps or fewer each has 512 registers
         per_warp, most, warps = 512, (4 if backward or dropout else 8), (4 if dropout else 8)
         if N <= 1024 and N % 512:
@@ -349,10 +400,10 @@ _FFN: dict[str, tuple[ProductTile, ProductTile, ProductTile, ProductTile]] = {
     "sm_80": _FFN_AMPERE,
     "sm_86": _FFN_AMPERE,
     "sm_90": (
-        ProductTile(128, 256, 8, 4, 64),
-        ProductTile(128, 128, 8, 4, 64),
-        ProductTile(128, 256, 8, 4, 64),
-        ProductTile(128, 256, 8, 4, 64),
+        ProductTile(128, 128, 8, 3, 64, basis=MEASURED),
+        ProductTile(128, 128, 8, 3, 64, basis=MEASURED),
+        ProductTile(128, 128, 8, 3, 64, basis=MEASURED),
+        ProductTile(64, 128, 8, 3, 64, basis=MEASURED),
     ),
     "sm_100": (
         ProductTile(128, 256, 8, 2, 128),

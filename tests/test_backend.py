@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -136,15 +135,15 @@ def test_the_launch_is_guarded_by_the_tensors_device(
             layer_norm(x, x[0])
         return
     guarded = []
-    guard = torch.cuda.device
 
-    def watched(index: torch.device) -> Any:
-        guarded.append(index)
-        return guard(index)
+    class Watched(torch.cuda.device):
+        def __init__(self, index: torch.device) -> None:
+            guarded.append(index)
+            super().__init__(index)
 
     x = torch.randn(2, 8, device=f"cuda:{torch.cuda.device_count() - 1}")
     layer_norm(x, x[0])
-    monkeypatch.setattr(torch.cuda, "device", watched)
+    monkeypatch.setattr(torch.cuda, "device", Watched)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -2)  # another than any tensor's
     layer_norm(x, x[0])
     assert len(guarded) == 1

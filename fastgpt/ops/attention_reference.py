@@ -214,6 +214,8 @@ def plain(
     # It takes what is added in q's dtype: distances need float32.
     unlike = scale <= 0.0 or q.numel() == 0 or k.numel() == 0 or x.softcap or x.max_seqlen_q
     unlike = bool(unlike) or (adding and q.dtype in (torch.float16, torch.bfloat16))
+    # On a GPU its gradient of what is added wants lengths that are multiples of 8.
+    unlike = unlike or (adding and q.is_cuda and torch.is_grad_enabled())
     if return_lse or unlike or (p > 0.0 and seed is not None):
         return reference(q, k, v, scale, left, right, p, seed, x)
     # Neither is a comparison itself, which may be a symbol while tracing.

@@ -357,7 +357,11 @@ def adamw(
     device = groups[0].params[0].device
     for group in groups:
         if tensors:
-            lrs.append(torch.as_tensor(group.lr, dtype=torch.float32, device=device))
+            lrs.append(
+                group.lr.to(device, torch.float32)
+                if isinstance(group.lr, Tensor)
+                else torch.full((), group.lr, dtype=torch.float32, device=device)
+            )
         lr = 0.0 if isinstance(group.lr, Tensor) else group.lr
         numbers += [lr, *group.betas, group.eps, group.weight_decay]
     step_op(

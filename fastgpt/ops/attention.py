@@ -212,7 +212,8 @@ class AttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, o, lse, seed, *extras[1:7])
         ctx.set_materialize_grads(False)
         ctx.rest = (scale, left, right, dropout_p)
-        ctx.sizes = (extras[0], *extras[7:]) if extras else ()
+        # A default of Extras would be a symbol to dynamo, made here and not found by the next call.
+        ctx.sizes = (extras[0], *extras[7:]) if extras else (0.0,)
         return o, lse
 
     @staticmethod
@@ -340,7 +341,8 @@ def _run(
         extras = x if x.softcap or any(t is not None for t in x[1:7]) else ()
         o: Tensor
         lse: Tensor
-        o, lse = AttentionFunction.apply(q, k, v, scale, *bounds, dropout_p, seed, *extras)
+        args = backend.traceable(q, k, v, scale, *bounds, dropout_p, seed, *extras)
+        o, lse = AttentionFunction.apply(*args)
         return o, lse
     return plain(q, k, v, scale, *bounds, dropout_p, seed, return_lse, x)
 
@@ -537,5 +539,7 @@ def attention_varlen(
         max_seqlen_q=max(1, max_seqlen_q), max_seqlen_k=max(1, max_seqlen_k),
     )  # fmt: skip
     bounds = bounds_of(causal, window)
-    o, lse = _run(op, q[None], k[None], v[None], scale, bounds, dropout_p, seed, return_lse, extras)
-    return (o[0], lse[0]) if return_lse and lse is not None else o[0]
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    o, lse = _run(op, q, k, v, scale, bounds, dropout_p, seed, return_lse, extras)
+    o = o.squeeze(0)
+    return (o, lse.squeeze(0)) if return_lse and lse is not None else o

@@ -216,6 +216,20 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False)
 
 
+def traceable(*args: Any) -> tuple[Any, ...]:
+    """The arguments of an autograd Function.
+
+    Dynamo takes no tensor twice, as in attention(x, x, x): while it traces, the second is a view.
+    """
+    if not torch.compiler.is_compiling():
+        return args
+    made: list[Any] = []
+    for arg in args:
+        again = isinstance(arg, Tensor) and any(arg is before for before in made)
+        made.append(arg.view_as(arg) if again else arg)
+    return tuple(made)
+
+
 def double_backward() -> bool:
     """Whether the running backward was called with create_graph=True."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -204,6 +204,6 @@ def embedding(
     if backend.kernel_chosen("embedding", wte):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(wte.device)
-        out = EmbeddingFunction.apply(idx, wte, wpe, start, dropout_p, seed)
+        out = EmbeddingFunction.apply(*backend.traceable(idx, wte, wpe, start, dropout_p, seed))
         return out  # type: ignore[no-any-return]
     return embedding_ref(idx, wte, wpe, start=start, dropout_p=dropout_p, seed=seed)

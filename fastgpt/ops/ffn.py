@@ -295,7 +295,7 @@ def ffn(
     b1, b2, w_gate, b_gate = backend.autocast(b1, b2, w_gate, b_gate)
     args = x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, w_gate, b_gate
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
-        y = FFNFunction.apply(*args, activation, recompute)
+        y = FFNFunction.apply(*backend.traceable(*args), activation, recompute)
     else:
         y, _, _ = forward_op(*args, activation, False, False)
     return y.view(*x.shape[:-1], w2.shape[0])  # type: ignore[no-any-return]

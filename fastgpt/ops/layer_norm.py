@@ -311,7 +311,8 @@ def layer_norm(
     if backend.kernel_chosen("layer_norm", x, norm_obstacle(weight, residual)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        out = LayerNormFunction.apply(x, residual, weight, bias, eps, dropout_p, seed)
+        args = backend.traceable(x, residual, weight, bias, eps, dropout_p, seed)
+        out = LayerNormFunction.apply(*args)
         return out  # type: ignore[no-any-return]
     y, h = _plain(x, residual, weight, bias, eps, dropout_p, seed)
     return y if residual is None else (y, h)

@@ -145,7 +145,7 @@ def _linear_cross_entropy_fwd(
     how = (ignore_index, label_smoothing, z_loss, softcap)
     with backend.without_autocast(x):
         x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
-        if kernel:
+        if kernel and backend.runs_kernel(x):
             from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_fwd
 
             return linear_cross_entropy_fwd(x, weight, bias, target, how, rows, needs)
@@ -178,7 +178,7 @@ def _linear_cross_entropy_bwd(
     how = (ignore_index, label_smoothing, z_loss, softcap)
     with backend.without_autocast(x):
         x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
-        if kernel:
+        if kernel and backend.runs_kernel(x):
             from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_bwd
 
             return linear_cross_entropy_bwd(dloss, x, weight, bias, target, stats, how, rows, needs)
@@ -360,7 +360,7 @@ def linear_cross_entropy(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         loss = LinearCrossEntropyFunction.apply(
-            rows, weight, bias, flat, how, reduction, dtype, chunk, kernel
+            *backend.traceable(rows, weight, bias, flat), how, reduction, dtype, chunk, kernel
         )
     else:
         losses = forward_op(rows, weight, bias, flat, *how, dtype, chunk, [False] * 3, kernel)[0]

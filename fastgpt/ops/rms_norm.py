@@ -215,7 +215,8 @@ def rms_norm(
     if backend.kernel_chosen("rms_norm", x, norm_obstacle(weight, residual)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        out = RMSNormFunction.apply(x, residual, weight, eps, dropout_p, seed)
+        args = backend.traceable(x, residual, weight, eps, dropout_p, seed)
+        out = RMSNormFunction.apply(*args)
         return out  # type: ignore[no-any-return]
     h = add_branch(x, residual, dropout_p, seed)
     y = _plain(h, weight, eps, x.dtype)

@@ -278,7 +278,7 @@ def rotary(
     """
     _check(q, k, cos, sin, q_weight, k_weight)
     if backend.kernel_chosen("rotary", q, _obstacle(cos, q_weight)):
-        args = (q, k, cos, sin, q_weight, k_weight, eps, interleaved)
+        args = backend.traceable(q, k, cos, sin, q_weight, k_weight, eps, interleaved)
         return RotaryFunction.apply(*args)  # type: ignore[no-any-return]
     return rotary_ref(
         q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps, interleaved=interleaved

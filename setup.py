@@ -2,6 +2,8 @@ from setuptools import find_packages, setup
 
 TRAIN = ["jsonargparse[signatures]>=4.40", "tokenizers>=0.20", "tqdm>=4.66"]
 
+HUGGINGFACE = ["transformers>=5.17,<6"]
+
 LAB = ["jinja2>=3.1", "pyyaml>=6"]
 
 setup(
@@ -27,9 +29,11 @@ setup(
     extras_require={
         "train": TRAIN,
         "lab": LAB,
+        "huggingface": HUGGINGFACE,
         "dev": [
             *TRAIN,
             *LAB,
+            *HUGGINGFACE,
             "accelerate>=1.1",  # transformers' Trainer
             "gguf>=0.19",  # GGUF files, and the test that loads one
             "hypothesis>=6.100",
@@ -42,7 +46,6 @@ setup(
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
-            "transformers>=5.17,<6",
             "types-PyYAML",
         ],
     },

@@ -17,6 +17,7 @@ al., LLaMA, 2023, https://arxiv.org/abs/2302.13971; Ainslie et al., GQA, 2023,
 https://arxiv.org/abs/2305.13245 (grouped queries).
 """
 
+import os
 from typing import Any
 
 import torch
@@ -61,6 +62,53 @@ class GPT(nn.Module):
         # No buffer: it stays float32 in a model of 16 bits, and is real in one built on "meta".
         self._turns = ops.rotary_table(c.block_size, c.head_dim, c.rope_theta) if c.llama else None
         self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, revision: str | None = None,
+        dtype: torch.dtype | None = None, dropout: float = 0.0,
+    ) -> "GPT":  # fmt: skip
+        """A GPT with weights that transformers, llama.cpp or `save_pretrained` saved.
+
+        Args:
+            source: a folder with the config.json and the weights (safetensors, whole or in shards,
+                or pytorch_model.bin) of a GPT-2 or a Llama; a .gguf file of a Llama, whose weights
+                are dequantised (needs the package gguf); or a model's name on the Hugging Face Hub
+                (needs huggingface_hub).
+            revision: branch, tag or commit on the Hub.
+            dtype: of the weights; if None as they are in the file, bit for bit.
+            dropout: the model's; what the file says of it is not read.
+
+        Returns:
+            The model on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: it is none of these, or broken, or could not be fetched; another
+                architecture, or a part of these that GPT lacks; weights are missing, unknown, or
+                of another shape.
+            ImportError: gguf or huggingface_hub is needed and not installed.
+        """
+        from fastgpt.pretrained import from_pretrained
+
+        return from_pretrained(source, revision=revision, dtype=dtype, dropout=dropout)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors as Hugging Face's GPT-2 or Llama has them.
+
+        transformers' AutoModelForCausalLM.from_pretrained(folder) loads them, and so does
+        `from_pretrained`, bit for bit. Each file is written whole or not at all.
+
+        Args:
+            folder: made if it is not there.
+
+        Raises:
+            ValueError: Hugging Face's model has no such shape: a GPT-2 without biases or with fewer
+                heads of k and v, a Llama with qk_norm.
+                `fastgpt.huggingface.FastGPTForCausalLM` saves these.
+        """
+        from fastgpt.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""

@@ -1,263 +1,162 @@
-"""Weights that other libraries saved, as a GPT of this one.
+"""GPT.from_pretrained and GPT.save_pretrained: folders in Hugging Face's layout, and GGUF files.
 
-    here                          Hugging Face's Llama, model.layers.N.   GGUF, blk.N.
-    wte                           model.embed_tokens                      token_embd
-    h.N.ln_1                      input_layernorm                         attn_norm
-    h.N.attn.c_attn               self_attn.{q,k,v}_proj, stacked         attn_{q,k,v}, stacked
-    h.N.attn.c_proj               self_attn.o_proj                        attn_output
-    h.N.ln_2                      post_attention_layernorm                ffn_norm
-    h.N.mlp.{gate,up,down}_proj   mlp.{gate,up,down}_proj                 ffn_{gate,up,down}
-    ln_f                          model.norm                              output_norm
-    lm_head (config.tied=False)   lm_head                                 output
-
-GGUF has the rows of attn_q and attn_k in the order of rotary embedding of neighbours, here and in
-Hugging Face's layout they are in that of halves. Its quantised weights become float32.
+A folder holds config.json and the weights: model.safetensors, or the shards that
+model.safetensors.index.json lists, or the same as pytorch_model.bin, of which nothing but tensors
+is unpickled. A name that is no path is a model's on the Hugging Face Hub, whose files the package
+huggingface_hub fetches. `fastgpt.layouts` has the names of the weights.
 """
 
 import json
 import os
-from collections.abc import Mapping
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastgpt.gguf_file import first_line, read_gguf
+from fastgpt.layouts import shape_from, shape_to, weights_from, weights_to
 from fastgpt.model import GPT, GPTConfig
 
-# Of one block, in Hugging Face's layout and in GGUF; c_attn's parts are stacked in this order.
-_BLOCK = {
-    "ln_1": (("input_layernorm",), ("attn_norm",)),
-    "attn.c_attn": (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("attn_q", "attn_k", "attn_v"),
-    ),
-    "attn.c_proj": (("self_attn.o_proj",), ("attn_output",)),
-    "ln_2": (("post_attention_layernorm",), ("ffn_norm",)),
-    "mlp.gate_proj": (("mlp.gate_proj",), ("ffn_gate",)),
-    "mlp.up_proj": (("mlp.up_proj",), ("ffn_up",)),
-    "mlp.down_proj": (("mlp.down_proj",), ("ffn_down",)),
-}
-_OUTSIDE = {
-    "wte": ("model.embed_tokens", "token_embd"),
-    "ln_f": ("model.norm", "output_norm"),
-    "lm_head": ("lm_head", "output"),
-}
+Find = Callable[[str], Path | None]  # a file of the folder by its name, if it is there
 
 
-def load_llama(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> GPT:
-    """A GPT of variant "llama" from a GGUF file, or from a folder in Hugging Face's layout.
-
-    Args:
-        path: a .gguf file, whose quantised weights are dequantised (needs the package gguf); or a
-            folder with the config.json and *.safetensors of a LlamaForCausalLM.
-        dtype: of the weights.
-
-    Returns:
-        The model on the CPU, in evaluation mode.
-
-    Raises:
-        ValueError: it is neither; another architecture, or a part of this one that GPT lacks;
-            weights are missing, unknown, or of another shape.
-        ImportError: a GGUF file without the package gguf.
-    """
-    path = Path(path)
-    side = 0 if path.is_dir() else 1
-    shape, theirs = _read_gguf(path) if side else _read_folder(path)
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
+) -> GPT:
+    """See `GPT.from_pretrained`."""
+    where = str(source)
+    local = Path(source).expanduser()
+    if local.is_file():
+        shape, theirs = read_gguf(local)
+    else:
+        find = _folder(local) if local.is_dir() else _hub(source, revision)
+        shape, theirs = _read(find, where)
     try:
-        config = GPTConfig(variant="llama", **shape)
+        config = GPTConfig(dropout=dropout, **shape)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"load_llama: {path} is of a shape that GPT lacks; {error}") from None
+        raise ValueError(
+            f"from_pretrained: {where} is of a shape that GPT lacks; {error}"
+        ) from None
     with torch.device("meta"):
         model = GPT(config)
-    weights = rename(theirs, config, side, str(path))
-    for name, want in model.state_dict().items():
-        if weights[name].shape != want.shape:
-            raise ValueError(
-                f"load_llama: {path} must hold {name} as {tuple(want.shape)};"
-                f" got {tuple(weights[name].shape)}"
-            )
-    model.load_state_dict({n: t.to(dtype) for n, t in weights.items()}, assign=True)
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    weights = weights_from(theirs, config, shapes, local.is_file(), where)
+    model.load_state_dict({n: t.to(dtype or t.dtype) for n, t in weights.items()}, assign=True)
     for p in model.parameters():
         p.requires_grad_()
     return model.eval()
 
 
-def rename(
-    theirs: Mapping[str, Tensor], config: GPTConfig, side: int = 0, source: str = "the state_dict"
-) -> dict[str, Tensor]:
-    """The weights of a Llama under this library's names.
-
-    Args:
-        theirs: Hugging Face's state_dict of a LlamaForCausalLM, or GGUF's tensors in the order of
-            rows that is Hugging Face's.
-        config: of the model.
-        side: 0 for Hugging Face's names, 1 for GGUF's.
-        source: what an error calls theirs.
-
-    Raises:
-        ValueError: a weight is missing, or there is one too many.
-    """
-    left = {name for name in theirs if not name.endswith("rotary_emb.inv_freq")}
-
-    def take(name: str) -> Tensor:
-        if f"{name}.weight" not in theirs:
-            raise ValueError(f"load_llama: {source} must hold {name}.weight; it does not")
-        left.discard(f"{name}.weight")
-        return theirs[f"{name}.weight"]
-
-    ours = {}
-    for name, names in _OUTSIDE.items():
-        if name == "lm_head" and config.tied:
-            left.discard(f"{names[side]}.weight")  # a copy of wte
-        else:
-            ours[f"{name}.weight"] = take(names[side])
-    for layer in range(config.n_layer):
-        before = (f"model.layers.{layer}.", f"blk.{layer}.")[side]
-        for name, parts in _BLOCK.items():
-            taken = [take(before + part) for part in parts[side]]
-            ours[f"h.{layer}.{name}.weight"] = taken[0] if len(taken) == 1 else torch.cat(taken)
-    if left:
-        raise ValueError(
-            f"load_llama: {source} must hold the weights of a {config.n_layer}-layer Llama alone;"
-            f" it has the unknown {min(left)}"
-        )
-    return ours
-
-
-def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A folder in Hugging Face's layout: what GPTConfig wants to know, and the state_dict."""
-    files = sorted(path.glob("*.safetensors"))
-    if not (path / "config.json").is_file() or not files:
-        raise ValueError(
-            f"load_llama: {path} must hold config.json and *.safetensors; it does not hold both"
-        )
+def save_pretrained(model: GPT, folder: str | os.PathLike[str]) -> None:
+    """See `GPT.save_pretrained`."""
+    folder = Path(folder).expanduser()
+    config = shape_to(model.config)
+    weights = weights_to({n: t.detach().cpu() for n, t in model.state_dict().items()}, model.config)
+    config["dtype"] = str(model.wte.weight.dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".save_pretrained.", dir=folder))
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        theirs: dict[str, Tensor] = {}
-        for file in files:
-            theirs |= load_file(file)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"load_llama: {path} is broken; {_line(error)}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        got = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"load_llama: {path} must be of model_type 'llama'; got {got!r}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    heads = _count(config, "num_attention_heads", path)
-    width = _count(config, "hidden_size", path)
-    lacking = {
-        "attention_bias": config.get("attention_bias") or False,
-        "mlp_bias": config.get("mlp_bias") or False,
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "head_dim": config.get("head_dim") or width // heads,
-    }
-    _refuse(
-        path, lacking, {"attention_bias": False, "mlp_bias": False, "rope_type": "default",
-                        "head_dim": width // heads},
-    )  # fmt: skip
-    shape = {
-        "block_size": _get(config, "max_position_embeddings", path),
-        "vocab_size": _get(config, "vocab_size", path),
-        "n_layer": _get(config, "num_hidden_layers", path),
-        "n_head": heads,
-        "n_embd": width,
-        "activation": _get(config, "hidden_act", path),
-        "n_kv_head": config.get("num_key_value_heads", heads),
-        "n_inner": _get(config, "intermediate_size", path),
-        "norm_eps": _get(config, "rms_norm_eps", path),
-        "tied": config.get("tie_word_embeddings", False),
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 1e4)),
-    }
-    return shape, theirs
+        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (part / "config.json").write_text(text, encoding="utf-8")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part)
 
 
-def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same of a GGUF file, its tensors dequantised, their rows in Hugging Face's order."""
+def _folder(path: Path) -> Find:
+    def find(name: str) -> Path | None:
+        return path / name if (path / name).is_file() else None
+
+    return find
+
+
+def _hub(source: str | os.PathLike[str], revision: str | None) -> Find:
+    """Files of a model on the Hugging Face Hub, or in its cache."""
+    if isinstance(source, os.PathLike) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise ValueError(f"from_pretrained: {source} cannot be read; No such file or directory")
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ValueError(f"load_llama: {path} cannot be read; {error.strerror}") from None
-    if magic != b"GGUF":
-        raise ValueError(f"load_llama: {path} must be a GGUF file or a folder; it begins {magic!r}")
-    try:
-        import gguf
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError:
-        raise ImportError("load_llama: GGUF needs the package gguf: pip install gguf") from None
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise ValueError(f"load_llama: {path} is broken; {_line(error)}") from None
-    if (got := fields.get("general.architecture")) != "llama":
-        raise ValueError(f"load_llama: {path} must be of architecture 'llama'; got {got!r}")
+        raise ImportError(
+            f"from_pretrained: {source} is no folder or file here, and a name on the Hugging Face"
+            " Hub needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
 
-    meta = {n.removeprefix("llama."): v for n, v in fields.items() if n.startswith("llama.")}
-    heads = _count(meta, "attention.head_count", path)
-    kv = _count({"attention.head_count_kv": heads} | meta, "attention.head_count_kv", path)
-    width = _count(meta, "embedding_length", path)
-    names = {tensor.name for tensor in reader.tensors}
-    lacking = {
-        "rope.scaling.type": meta.get("rope.scaling.type", "none"),
-        "expert_count": meta.get("expert_count", 0),
-        "rope.dimension_count": meta.get("rope.dimension_count", width // heads),
-        "rope_freqs.weight": "rope_freqs.weight" in names,
-    }
-    _refuse(
-        path, lacking, {"rope.scaling.type": "none", "expert_count": 0,
-                        "rope.dimension_count": width // heads, "rope_freqs.weight": False},
-    )  # fmt: skip
-    theirs = {}
+    def find(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(str(source), name, revision=revision))
+        except EntryNotFoundError as error:  # of which being offline is a kind
+            if isinstance(error, OSError) and name == "config.json":
+                raise ValueError(_unreachable(source, error)) from None
+            return None
+        except (OSError, ValueError) as error:
+            raise ValueError(_unreachable(source, error)) from None
+
+    return find
+
+
+def _unreachable(source: Any, error: Exception) -> str:
+    return (
+        f"from_pretrained: {source} is no folder or file here, and could not be had from the"
+        f" Hugging Face Hub; {first_line(error)}"
+    )
+
+
+def _read(find: Find, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The shape as GPTConfig takes it, and the state_dict."""
     try:
-        for tensor in reader.tensors:
-            # A copy: what was not quantised is still in the file, mapped and not writable.
-            values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).float()
-            part = tensor.name.removesuffix(".weight").rpartition(".")[2]
-            if part in ("attn_q", "attn_k"):
-                h = heads if part == "attn_q" else kv
-                values = rearrange(values, "(h r two) c -> (h two r) c", h=h, two=2)
-            theirs[tensor.name] = values
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"load_llama: {path} has a broken {tensor.name}; {_line(error)}") from None
-    if "token_embd.weight" not in theirs:
-        raise ValueError(f"load_llama: {path} must hold token_embd.weight; it does not")
-    shape = {
-        "block_size": _get(meta, "context_length", path),
-        "vocab_size": theirs["token_embd.weight"].shape[0],
-        "n_layer": _get(meta, "block_count", path),
-        "n_head": heads,
-        "n_embd": width,
-        "n_kv_head": kv,
-        "n_inner": _get(meta, "feed_forward_length", path),
-        "norm_eps": _get(meta, "attention.layer_norm_rms_epsilon", path),
-        "tied": "output.weight" not in names,
-        "rope_theta": meta.get("rope.freq_base", 1e4),
-    }
+        file = find("config.json")
+        config = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        shape = {} if file is None else shape_from(config, source)
+        theirs = _weights(find, source)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, pickle.UnpicklingError,
+            EOFError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # fmt: skip
+        raise ValueError(f"from_pretrained: {source} is broken; {first_line(error)}") from None
+    if file is None or theirs is None:
+        raise ValueError(
+            f"from_pretrained: {source} must hold config.json, and model.safetensors or"
+            " pytorch_model.bin; it does not hold both"
+        )
     return shape, theirs
 
 
-def _get(config: Mapping[str, Any], key: str, path: Path) -> Any:
-    if key not in config:
-        raise ValueError(f"load_llama: {path} must say {key}; it does not")
-    return config[key]
+def _weights(find: Find, source: str) -> dict[str, Tensor] | None:
+    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _unpickle)):
+        if (file := find(name)) is not None:
+            return load(file)
+        if (index := find(f"{name}.index.json")) is None:
+            continue
+        theirs: dict[str, Tensor] = {}
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for shard in sorted(set(listed.values())):
+            file = find(shard) if Path(shard).name == shard else None
+            if file is None:
+                raise ValueError(
+                    f"from_pretrained: {source} must hold {shard}, which its index lists;"
+                    " it does not"
+                )
+            theirs |= load(file)
+        return theirs
+    return None
 
 
-def _count(config: Mapping[str, Any], key: str, path: Path) -> int:
-    value = _get(config, key, path)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"load_llama: {path} must say {key} as an int above 0; got {value!r}")
-    return value
-
-
-def _refuse(path: Path, got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Raise for what GPT lacks."""
-    for name, value in want.items():
-        if got[name] != value:
-            raise ValueError(f"load_llama: {path} must have {name} {value!r}; got {got[name]!r}")
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    theirs = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(theirs, dict) or not all(isinstance(t, Tensor) for t in theirs.values()):
+        raise pickle.UnpicklingError(f"{file.name} must be a state_dict of tensors; it is not")
+    return theirs

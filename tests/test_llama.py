@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT, GPTConfig, generate
-from fastgpt.pretrained import rename
+from fastgpt.layouts import weights_from
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import checkpoint
 from tests.check import assert_one_graph
@@ -53,12 +53,17 @@ def hugging_face(config: GPTConfig) -> Any:
     return theirs.eval()
 
 
+def renamed(theirs: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
+    """Hugging Face's weights or gradients under the names of the model's."""
+    return weights_from(theirs, model.config, {n: t.shape for n, t in model.state_dict().items()})
+
+
 @pytest.mark.parametrize("change", [{}, {"tied": False}, {"n_kv_head": None}], ids=str)
 def test_matches_hugging_face_in_logits_and_every_gradient(change: dict[str, Any]) -> None:
     config = replace(SMALL, **change)
     theirs = hugging_face(config).double()
     model = GPT(config).double()
-    model.load_state_dict(rename(theirs.state_dict(), config))
+    model.load_state_dict(renamed(theirs.state_dict(), model))
     x = ids(3, 32)
     # Hugging Face makes its angles in float32.
     close = {"rtol": 1e-5, "atol": 1e-5}
@@ -66,7 +71,7 @@ def test_matches_hugging_face_in_logits_and_every_gradient(change: dict[str, Any
     model(x[:, :-1], x[:, 1:]).backward()
     F.cross_entropy(theirs(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()).backward()
     grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    want = rename(grads, config)
+    want = renamed(grads, model)
     assert want.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
         assert p.grad is not None
@@ -104,7 +109,7 @@ def test_the_cache_goes_on_where_the_text_was(qk_norm: bool) -> None:
 def test_greedy_text_is_hugging_faces() -> None:
     theirs = hugging_face(SMALL)
     model = GPT(SMALL)
-    model.load_state_dict(rename(theirs.state_dict(), SMALL))
+    model.load_state_dict(renamed(theirs.state_dict(), model))
     x = ids(2, 4)
     want = theirs.generate(x, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(generate(model, x, 8, temperature=0.0), want)

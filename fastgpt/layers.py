@@ -2,21 +2,49 @@
 the gated feed-forward's those of Llama's.
 
 The residual stream is never added to on its own: a block hands on its last branch beside the
-stream, and the next norm adds the one to the other on its way. LayerNorm and RMSNorm are drop-ins
-for torch's nn.LayerNorm and nn.RMSNorm.
+stream, and the next norm adds the one to the other on its way. Where kernels run, the bias of the
+product that ends the branch is handed on too: its gradient falls out of the norm's. LayerNorm and
+RMSNorm are drop-ins for torch's nn.LayerNorm and nn.RMSNorm.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.ops import backend
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of the positions at hand, (T, D / 2) each
 Again = tuple[nn.Module, Tensor]  # a norm and what it was given, (B, T, C)
+
+
+class Branch(NamedTuple):
+    """What is to be added to the residual stream, x + bias, without the sum having been made.
+
+    Attributes:
+        x: (B, T, C).
+        bias: (C,) or None.
+    """
+
+    x: Tensor
+    bias: Tensor | None = None
+
+    @staticmethod
+    def of(branch: "Tensor | Branch") -> "Branch":
+        return branch if isinstance(branch, Branch) else Branch(branch)
+
+
+def lends(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's bias may be used, and its output be seen without it, outside.
+
+    Not if it was wrapped or replaced, by FSDP for one, which takes the parameters away as soon as
+    the module is done; nor if a hook waits for its output.
+    """
+    return type(module) is kind and not (module._forward_hooks or module._backward_hooks)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,15 +54,17 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalize x, or h = residual + dropout(x).
+        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0,
+        x_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Normalize x, or h = residual + dropout(x + x_bias).
 
         Args:
             x: (..., *normalized_shape).
             residual: x's shape; its dtype may be wider than x's.
             dropout_p: probability of dropping an element of x; needs residual. It is applied
                 whether or not the module is in training mode.
+            x_bias: of normalized_shape; needs residual.
 
         Returns:
             y of x's shape and dtype; with residual (y, h).
@@ -50,11 +80,18 @@ class LayerNorm(nn.LayerNorm):
         if weight is None:
             weight = torch.ones(shape, device=x.device)
         if n == 1:
-            return ops.layer_norm(x, weight, bias, self.eps, residual=residual, dropout_p=dropout_p)
+            return ops.layer_norm(
+                x, weight, bias, self.eps, residual=residual, x_bias=x_bias, dropout_p=dropout_p
+            )
         flat = x.flatten(-n), weight.flatten(), None if bias is None else bias.flatten()
         if residual is None:
-            return ops.layer_norm(*flat, self.eps, dropout_p=dropout_p).view(x.shape)
-        y, h = ops.layer_norm(*flat, self.eps, residual=residual.flatten(-n), dropout_p=dropout_p)
+            return ops.layer_norm(
+                *flat, self.eps, x_bias=x_bias, dropout_p=dropout_p
+            ).view(x.shape)  # fmt: skip
+        x_bias = None if x_bias is None else x_bias.flatten()
+        y, h = ops.layer_norm(
+            *flat, self.eps, residual=residual.flatten(-n), x_bias=x_bias, dropout_p=dropout_p
+        )
         return y.view(x.shape), h.view(x.shape)
 
 
@@ -66,9 +103,10 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalize x, or h = residual + dropout(x): arguments and result as in LayerNorm."""
+        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0,
+        x_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Normalize x, or h = residual + dropout(x + x_bias): arguments, result as in LayerNorm."""
         shape, n = self.normalized_shape, len(self.normalized_shape)
         if tuple(x.shape[-n:]) != shape:
             raise ValueError(f"RMSNorm: x must end in {shape}; got x {tuple(x.shape)}")
@@ -79,11 +117,16 @@ class RMSNorm(nn.RMSNorm):
         if eps is None:
             eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         if n == 1:
-            return ops.rms_norm(x, weight, eps, residual=residual, dropout_p=dropout_p)
+            return ops.rms_norm(
+                x, weight, eps, residual=residual, x_bias=x_bias, dropout_p=dropout_p
+            )
         flat = x.flatten(-n), weight.flatten()
         if residual is None:
-            return ops.rms_norm(*flat, eps, dropout_p=dropout_p).view(x.shape)
-        y, h = ops.rms_norm(*flat, eps, residual=residual.flatten(-n), dropout_p=dropout_p)
+            return ops.rms_norm(*flat, eps, x_bias=x_bias, dropout_p=dropout_p).view(x.shape)
+        x_bias = None if x_bias is None else x_bias.flatten()
+        y, h = ops.rms_norm(
+            *flat, eps, residual=residual.flatten(-n), x_bias=x_bias, dropout_p=dropout_p
+        )
         return y.view(x.shape), h.view(x.shape)
 
 
@@ -218,8 +261,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(
         self, x: Tensor, cache: KVCache | None = None, layer: int = 0, turn: Turn | None = None,
-        again: Again | None = None,
-    ) -> Tensor:  # fmt: skip
+        again: Again | None = None, apart: bool = False,
+    ) -> Tensor | Branch:  # fmt: skip
         """x: (B, T, C) -> (B, T, C).
 
         Args:
@@ -228,6 +271,7 @@ class CausalSelfAttention(nn.Module):
             layer: which one of the cache.
             turn: cosines and sines of x's positions, for rotary embedding of q and k.
             again: what makes x, so that it need not be kept for backward.
+            apart: whether to leave the sum with c_proj's bias to the caller, as a Branch.
         """
         B, T, C = x.shape
         H, kv = self.n_head, self.n_kv_head
@@ -242,8 +286,11 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, Tk, Hkv, D)
         o = ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        y: Tensor = self.c_proj(o.reshape(B, T, C))
-        return y
+        o, end = o.reshape(B, T, C), self.c_proj
+        if apart and lends(end, nn.Linear):
+            return Branch(F.linear(o, end.weight), end.bias)
+        y: Tensor = end(o)
+        return Branch(y) if apart else y
 
 
 class MLP(nn.Module):
@@ -267,13 +314,14 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(n_embd, F, bias)
         self.c_proj = nn.Linear(F, n_embd, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., C) -> (..., C)."""
+    def forward(self, x: Tensor, apart: bool = False) -> Tensor | Branch:
+        """x: (..., C) -> (..., C), or, if apart, a Branch of it and c_proj's bias."""
         up, down = self.c_fc, self.c_proj
-        return ops.ffn(
-            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation,
-            recompute=self.recompute,
+        y = ops.ffn(
+            x, up.weight, up.bias, down.weight, None if apart else down.bias,
+            activation=self.activation, recompute=self.recompute,
         )  # fmt: skip
+        return Branch(y, down.bias) if apart else y
 
 
 class GatedMLP(nn.Module):
@@ -299,13 +347,15 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(n_embd, n_inner, bias)
         self.down_proj = nn.Linear(n_inner, n_embd, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., C) -> (..., C)."""
+    def forward(self, x: Tensor, apart: bool = False) -> Tensor | Branch:
+        """x: (..., C) -> (..., C), or, if apart, a Branch of it and down_proj's bias."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return ops.ffn(
-            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation,
-            w_gate=gate.weight, b_gate=gate.bias, recompute=self.recompute,
+        y = ops.ffn(
+            x, up.weight, up.bias, down.weight, None if apart else down.bias,
+            activation=self.activation, w_gate=gate.weight, b_gate=gate.bias,
+            recompute=self.recompute,
         )  # fmt: skip
+        return Branch(y, down.bias) if apart else y
 
 
 class Block(nn.Module):
@@ -354,15 +404,16 @@ class Block(nn.Module):
             self.mlp = MLP(n_embd, bias, activation, n_inner, recompute)
 
     def forward(
-        self, branch: Tensor | None, h: Tensor, cache: KVCache | None = None, layer: int = 0,
-        turn: Turn | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, branch: Tensor | Branch | None, h: Tensor, cache: KVCache | None = None,
+        layer: int = 0, turn: Turn | None = None, apart: bool = False,
+    ) -> tuple[Tensor | Branch, Tensor]:  # fmt: skip
         """Take a residual stream and a branch not yet added to it; return the next such pair.
 
         Args:
-            branch: (B, T, C), the branch to add to h first, or None.
+            branch: (B, T, C), the branch to add to h first, with or without its bias, or None.
             h: (B, T, C), the residual stream.
             cache, layer, turn: see CausalSelfAttention.
+            apart: whether to leave the sum with the branch's bias to the caller, as a Branch.
 
         Returns:
             The feed-forward's branch and the stream it is to be added to, both (B, T, C).
@@ -371,10 +422,15 @@ class Block(nn.Module):
         if branch is None:
             x = self.ln_1(h)
         else:
-            x, h = self.ln_1(branch, h, p)
-        branch = self.attn(x, cache, layer, turn, self._again(self.ln_1, h))
-        x, h = self.ln_2(branch, h, p)
+            branch = Branch.of(branch)
+            x, h = self.ln_1(branch.x, h, p, branch.bias)
+        lent = lends(self.attn, CausalSelfAttention) and backend.kernels_run(h)
+        made = self.attn(x, cache, layer, turn, self._again(self.ln_1, h), lent)
+        branch = Branch.of(made)
+        x, h = self.ln_2(branch.x, h, p, branch.bias)
         with made_again(x, self._again(self.ln_2, h)):
+            if apart and lends(self.mlp, GatedMLP if isinstance(self.mlp, GatedMLP) else MLP):
+                return self.mlp(x, apart), h
             return self.mlp(x), h
 
     def _again(self, norm: nn.Module, h: Tensor) -> Again | None:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.config import PRESETS, GPTConfig
-from fastgpt.layers import Block, KVCache, Turn, new_norm
+from fastgpt.layers import Block, Branch, KVCache, Turn, lends, new_norm
+from fastgpt.ops import backend
 from fastgpt.optim import AdamW
 
 __all__ = ["GPT", "IGNORE", "PRESETS", "GPTConfig"]
@@ -145,13 +146,16 @@ class GPT(nn.Module):
         p = self.config.dropout if self.training else 0.0
         h = self._embed(idx, start, p)  # (B, T, C)
         turn = self._turn(start, T)
-        branch: Tensor | None = None
+        branch: Tensor | Branch | None = None
+        kernels = backend.kernels_run(h)
         for layer, block in enumerate(self.h):
-            branch, h = block(branch, h, cache, layer, turn)
+            branch, h = block(branch, h, cache, layer, turn, kernels and lends(block, Block))
         if cache is not None:
             cache.length += T
         y: Tensor
-        y, _ = self.ln_f(branch, h, p)
+        assert branch is not None  # n_layer is at least 1
+        last = Branch.of(branch)
+        y, _ = self.ln_f(last.x, h, p, last.bias)
         return y
 
     def _embed(self, idx: Tensor, start: int, p: float) -> Tensor:

@@ -417,7 +417,7 @@ def ffn_bwd(
     if needs[5]:
         dw_gate = dpre[0].T @ x
     if needs[2] or needs[6]:
-        sums = column_sum(part, w1.dtype)
+        sums = column_sum(part, [w1.dtype] * len(part))
         db1 = sums[-1] if needs[2] else db1
         db_gate = sums[0] if needs[6] else db_gate
     if needs[3]:

@@ -2,24 +2,24 @@
 
 Ba, Kiros, Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450. Per row of N:
 
-    h = residual + dropout(x)        mean = sum(h) / N        var = sum((h - mean)^2) / N
+    h = residual + dropout(x + x_bias)        mean = sum(h) / N        var = sum((h - mean)^2) / N
     xhat = (h - mean) * rstd         rstd = 1 / sqrt(var + eps)         y = xhat * weight + bias
 
     g = dy * weight
     dresidual = rstd * (g - sum(g) / N - xhat * sum(g * xhat) / N) + dh        dx = its dropout
-    dweight = sum over rows of dy * xhat        dbias = sum over rows of dy
+    dweight = sum over rows of dy * xhat      dbias = sum over rows of dy      dx_bias = of dx
 
 Without CENTER mean is 0 and sum(g) is left out: the RMS norm.
 
 A row that fits in registers is held there in PIECES of BLOCK_N columns, of which the last alone may
 be masked: 768 columns are three pieces of 256, and no lane idles. The mean comes first, then the
 squares around it. A program walks over rows with weight and bias in registers; in backward with
-its own float32 sums for dweight and dbias as well, which a second kernel adds.
+its own float32 sums for the gradients of weight and the biases as well, which a second kernel adds.
 
 Wider rows are read in chunks. Forward reads a row twice, the second time from cache; the means and
 squares of its chunks are merged by Chan, Golub, LeVeque, 1983. In backward one kernel sums over the
 rows, and a second takes a block of columns, walks over rows and makes dx and the sums for weight
-and bias. Statistics and sums are float32. No atomics.
+and biases. Statistics and sums are float32. No atomics.
 """
 
 # Triton's tuples grow by addition and change their type with it.
@@ -40,6 +40,7 @@ from fastgpt.kernels.tiles import (
     norm_pieces,
     on_device,
     programs,
+    shared_by_more,
 )
 
 
@@ -51,17 +52,24 @@ def _inside(rows, cols, M, N, ROWS: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def _load_h(
-    x_ptr, res_ptr, h_ptr, seed, row, offs, mask, threshold, keep_scale,
-    HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
+    x_ptr, x_bias, res_ptr, h_ptr, seed, row, offs, mask, threshold, keep_scale,
+    HAS_X_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """h of one tile in float32, as rounded to the residual's dtype; pointers are at the rows."""
     h = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_X_BIAS:
+        h += x_bias
     if DROPOUT:
         h = tl.where(kept(seed, 0, row, offs, threshold), h * keep_scale, 0.0)
     if HAS_RESIDUAL:
         h += tl.load(res_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         h = h.to(h_ptr.dtype.element_ty).to(tl.float32)
     return h
+
+
+@triton.jit
+def _x_bias(ptr, cols, mask, HAS_X_BIAS: tl.constexpr):
+    return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32) if HAS_X_BIAS else 0.0
 
 
 @triton.jit
@@ -73,24 +81,26 @@ def _over(total, N, per_n):
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _fwd_kernel(
-    x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x, stride_r,
-    M, N, eps, threshold, keep_scale,
+    x_ptr, xb_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x,
+    stride_r, M, N, eps, threshold, keep_scale,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
-    CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    CENTER: tl.constexpr, HAS_X_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     count = tl.num_programs(0)
     offs = tl.arange(0, BLOCK_N)[None, :]
     seed = tl.load(seed_ptr) if DROPOUT else 0
     n = tl.cast(N, tl.float32)
     per_n = 1.0 / n
-    ws, bs = (), ()
+    ws, bs, xbs = (), (), ()
     for i in tl.static_range(PIECES):
         cols = i * BLOCK_N + offs
         there = (cols < N) | (FULL or i + 1 < PIECES)
         ws = ws + (tl.load(w_ptr + cols, mask=there, other=0.0).to(tl.float32),)
         if HAS_BIAS:
             bs = bs + (tl.load(b_ptr + cols, mask=there, other=0.0).to(tl.float32),)
+        if HAS_X_BIAS:
+            xbs = xbs + (tl.load(xb_ptr + cols, mask=there, other=0.0).to(tl.float32),)
     for start in tl.range(tl.program_id(0) * ROWS, M, count * ROWS):
         rows = start + tl.arange(0, ROWS)
         at = rows[:, None].to(tl.int64)
@@ -100,8 +110,9 @@ def _fwd_kernel(
             cols = i * BLOCK_N + offs
             mask = _inside(rows, cols, M, N, ROWS, FULL or i + 1 < PIECES)
             h = _load_h(
-                x_ptr + at * stride_x, res_ptr + at * stride_r, h_ptr, seed, rows[:, None], cols,
-                mask, threshold, keep_scale, HAS_RESIDUAL, DROPOUT,
+                x_ptr + at * stride_x, xbs[i] if HAS_X_BIAS else 0.0, res_ptr + at * stride_r,
+                h_ptr, seed, rows[:, None], cols, mask, threshold, keep_scale, HAS_X_BIAS,
+                HAS_RESIDUAL, DROPOUT,
             )  # fmt: skip
             if HAS_RESIDUAL:
                 tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
@@ -133,10 +144,10 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def _fwd_wide_kernel(
-    x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x, stride_r,
-    N, eps, threshold, keep_scale,
-    BLOCK_N: tl.constexpr, FULL: tl.constexpr, CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    x_ptr, xb_ptr, res_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, seed_ptr, stride_x,
+    stride_r, N, eps, threshold, keep_scale,
+    BLOCK_N: tl.constexpr, FULL: tl.constexpr, CENTER: tl.constexpr, HAS_X_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = row.to(tl.int64)
@@ -149,8 +160,8 @@ def _fwd_wide_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         mask = (cols < N) | FULL
         h = _load_h(
-            x_ptr, res_ptr, h_ptr, seed, row, cols, mask, threshold, keep_scale,
-            HAS_RESIDUAL, DROPOUT,
+            x_ptr, _x_bias(xb_ptr, cols, mask, HAS_X_BIAS), res_ptr, h_ptr, seed, row, cols, mask,
+            threshold, keep_scale, HAS_X_BIAS, HAS_RESIDUAL, DROPOUT,
         )  # fmt: skip
         if HAS_RESIDUAL:
             tl.store(h_ptr + at * N + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
@@ -171,8 +182,8 @@ def _fwd_wide_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         mask = (cols < N) | FULL
         h = _load_h(
-            x_ptr, res_ptr, h_ptr, seed, row, cols, mask, threshold, keep_scale,
-            HAS_RESIDUAL, DROPOUT,
+            x_ptr, _x_bias(xb_ptr, cols, mask, HAS_X_BIAS), res_ptr, h_ptr, seed, row, cols, mask,
+            threshold, keep_scale, HAS_X_BIAS, HAS_RESIDUAL, DROPOUT,
         )  # fmt: skip
         y = (h - mean) * rstd * tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -185,6 +196,7 @@ def _store_dx(
     dres, dh_ptr, dx_ptr, dres_ptr, at, row, cols, mask, seed, threshold, keep_scale, stride_dh, N,
     HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
+    """Stores dresidual, of which dres lacks dh, and dx; -> dx."""
     if HAS_DH:
         dres += tl.load(dh_ptr + at * stride_dh + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_DRES:
@@ -192,6 +204,7 @@ def _store_dx(
     if DROPOUT:
         dres = tl.where(kept(seed, 0, row, cols, threshold), dres * keep_scale, 0.0)
     tl.store(dx_ptr + at * N + cols, dres.to(dx_ptr.dtype.element_ty), mask=mask)
+    return dres
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -199,15 +212,15 @@ def _bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, part_ptr, seed_ptr,
     stride_dy, stride_dh, stride_h, M, N, threshold, keep_scale,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
-    CENTER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    CENTER: tl.constexpr, HAS_X_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DH: tl.constexpr,
+    HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     count = tl.num_programs(0)
     offs = tl.arange(0, BLOCK_N)[None, :]
     seed = tl.load(seed_ptr) if DROPOUT else 0
     per_n = 1.0 / tl.cast(N, tl.float32)
-    ws, dws, dbs = (), (), ()
+    ws, dws, dbs, dxbs = (), (), (), ()
     for i in tl.static_range(PIECES):
         cols = i * BLOCK_N + offs
         there = (cols < N) | (FULL or i + 1 < PIECES)
@@ -215,6 +228,8 @@ def _bwd_kernel(
         dws = dws + (tl.zeros([ROWS, BLOCK_N], dtype=tl.float32),)
         if HAS_BIAS:
             dbs = dbs + (tl.zeros([ROWS, BLOCK_N], dtype=tl.float32),)
+        if HAS_X_BIAS:
+            dxbs = dxbs + (tl.zeros([ROWS, BLOCK_N], dtype=tl.float32),)
     for start in tl.range(pid * ROWS, M, count * ROWS):
         rows = start + tl.arange(0, ROWS)
         at = rows[:, None].to(tl.int64)
@@ -225,7 +240,7 @@ def _bwd_kernel(
             shift = -rstd * tl.load(mean_ptr + rows, mask=here, other=0.0)
         c1 = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
         c2 = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-        xhats, gs, new_dws, new_dbs = (), (), (), ()
+        xhats, gs, new_dws, new_dbs, new_dxbs = (), (), (), (), ()
         for i in tl.static_range(PIECES):
             cols = i * BLOCK_N + offs
             mask = _inside(rows, cols, M, N, ROWS, FULL or i + 1 < PIECES)
@@ -253,17 +268,24 @@ def _bwd_kernel(
                 dres += m2[:, None]
             dres += gs[i] * rstd[:, None]
             mask = _inside(rows, cols, M, N, ROWS, FULL or i + 1 < PIECES)
-            _store_dx(
+            dx = _store_dx(
                 dres, dh_ptr, dx_ptr, dres_ptr, at, rows[:, None], cols, mask, seed, threshold,
                 keep_scale, stride_dh, N, HAS_DH, HAS_DRES, DROPOUT,
             )  # fmt: skip
+            if HAS_X_BIAS:
+                new_dxbs = new_dxbs + (dxbs[i] + dx,)  # 0 in rows that are not there
+        dxbs = new_dxbs
     part_ptr += pid.to(tl.int64) * N
+    size = count.to(tl.int64) * N
     for i in tl.static_range(PIECES):
         ends = i * BLOCK_N + tl.arange(0, BLOCK_N)
         within = (ends < N) | (FULL or i + 1 < PIECES)
         tl.store(part_ptr + ends, tl.sum(dws[i], 0), mask=within)
         if HAS_BIAS:
-            tl.store(part_ptr + count.to(tl.int64) * N + ends, tl.sum(dbs[i], 0), mask=within)
+            tl.store(part_ptr + size + ends, tl.sum(dbs[i], 0), mask=within)
+        if HAS_X_BIAS:
+            at_part = part_ptr + (1 + HAS_BIAS) * size
+            tl.store(at_part + ends, tl.sum(dxbs[i], 0), mask=within)
 
 
 @triton.jit
@@ -296,8 +318,8 @@ def _bwd_wide_sums_kernel(
 def _bwd_wide_kernel(
     dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, part_ptr, seed_ptr,
     sums_ptr, stride_dy, stride_dh, stride_h, M, N, threshold, keep_scale,
-    BLOCK_N: tl.constexpr, FULL: tl.constexpr, CENTER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr, FULL: tl.constexpr, CENTER: tl.constexpr, HAS_X_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DH: tl.constexpr, HAS_DRES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     count = tl.num_programs(1)
@@ -307,6 +329,7 @@ def _bwd_wide_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dw = tl.zeros([BLOCK_N], dtype=tl.float32)
     db = tl.zeros([BLOCK_N], dtype=tl.float32)
+    dxb = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row in tl.range(pid, M, count):
         at = tl.cast(row, tl.int64)
         rstd = tl.load(rstd_ptr + at)
@@ -318,7 +341,7 @@ def _bwd_wide_kernel(
         dres = dy * w * rstd + xhat * tl.load(sums_ptr + 2 * at)
         if CENTER:
             dres += tl.load(sums_ptr + 2 * at + 1)
-        _store_dx(
+        dxb += _store_dx(
             dres, dh_ptr, dx_ptr, dres_ptr, at, row, cols, mask, seed, threshold, keep_scale,
             stride_dh, N, HAS_DH, HAS_DRES, DROPOUT,
         )  # fmt: skip
@@ -328,6 +351,8 @@ def _bwd_wide_kernel(
     tl.store(part_ptr + cols, dw, mask=mask)
     if HAS_BIAS:
         tl.store(part_ptr + count.to(tl.int64) * N + cols, db, mask=mask)
+    if HAS_X_BIAS:
+        tl.store(part_ptr + (1 + HAS_BIAS) * count.to(tl.int64) * N + cols, dxb, mask=mask)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -338,9 +363,10 @@ def _rows(t: Tensor) -> Tensor:
 
 def layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None, center: bool = True,
+    dropout_p: float, seed: Tensor | None, x_bias: Tensor | None = None, center: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """x, residual: (..., N) -> y of x's shape, h of the residual's or empty, mean, rstd: (M,).
+    """x, residual: (..., N), weight and biases: (N,) -> y of x's shape, h of the residual's or
+    empty, mean, rstd: (M,).
 
     Without center it is the RMS norm, and mean is empty.
     """
@@ -355,15 +381,18 @@ def layer_norm_fwd(
     mean = torch.empty(M if center else 0, dtype=torch.float32, device=x.device)
     if M == 0:
         return y, h, mean, rstd
-    tensors = (rows, res, weight.contiguous(), None if bias is None else bias.contiguous())
-    args = (*tensors, y, h, mean, rstd, seed, rows.stride(0), res.stride(0))
+    w, b, xb = (None if t is None else t.contiguous() for t in (weight, bias, x_bias))
+    args = (rows, xb, res, w, b, y, h, mean, rstd, seed, rows.stride(0), res.stride(0))
     numbers = (eps, round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
     with on_device(x):
         tile = layer_norm_tile(N, dropout=dropout_p > 0.0)
+        if x_bias is not None:
+            tile = shared_by_more(tile, norm_pieces(N, tile.block_n), False, dropout_p > 0.0)
         flags = {
             "BLOCK_N": tile.block_n,
             "FULL": N % tile.block_n == 0,
             "CENTER": center,
+            "HAS_X_BIAS": x_bias is not None,
             "HAS_RESIDUAL": residual is not None,
             "HAS_BIAS": bias is not None,
             "DROPOUT": dropout_p > 0.0,
@@ -381,9 +410,11 @@ def layer_norm_fwd(
 
 def layer_norm_bwd(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
-    rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype, center: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of y and h, either None -> dx, dresidual or empty, dweight, dbias or empty."""
+    rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
+    x_bias_dtype: torch.dtype | None = None, center: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of y and h, either None -> dx, dresidual or empty, dweight, dbias or empty,
+    dx_bias, or empty without x_bias_dtype."""
     h_rows = _rows(h)
     M, N = h_rows.shape
     if dy is None:
@@ -394,18 +425,24 @@ def layer_norm_bwd(
     dx = torch.empty_like(h, dtype=x_dtype, memory_format=torch.contiguous_format)
     has_dres = dropout_p > 0.0 or x_dtype != h.dtype
     dres = torch.empty_like(dx, dtype=h.dtype) if has_dres else h.new_empty(0)
+    dtypes = [weight.dtype] * (1 + has_bias)
+    if x_bias_dtype is not None:
+        dtypes.append(x_bias_dtype)
     if M == 0:
-        dw = torch.zeros_like(weight)
-        return dx, dres, dw, torch.zeros_like(weight) if has_bias else weight.new_empty(0)
+        sums = [weight.new_zeros(N, dtype=dtype) for dtype in dtypes]
+        return dx, dres, *_placed(sums, has_bias)
     strides = (dy_rows.stride(0), dh_rows.stride(0), h_rows.stride(0))
     numbers = (M, N, round(dropout_p * 2**31), 1.0 / (1.0 - dropout_p))
     inputs = (dy_rows, dh_rows, h_rows, weight.contiguous(), mean, rstd, dx, dres)
     with on_device(h):
         tile = layer_norm_tile(N, backward=True, dropout=dropout_p > 0.0)
+        if x_bias_dtype is not None:
+            tile = shared_by_more(tile, norm_pieces(N, tile.block_n), True, dropout_p > 0.0)
         pieces = norm_pieces(N, tile.block_n)
-        options = tile.options | (all_registers() if has_dres else {})
+        options = tile.options | (all_registers() if has_dres or x_bias_dtype else {})
         shared = {"BLOCK_N": tile.block_n, "FULL": N % tile.block_n == 0, "CENTER": center}
         flags = {
+            "HAS_X_BIAS": x_bias_dtype is not None,
             "HAS_BIAS": has_bias,
             "HAS_DH": dh is not None,
             "HAS_DRES": has_dres,
@@ -413,20 +450,28 @@ def layer_norm_bwd(
         }
         side, blocks = programs(h, tile.num_warps), cdiv(N, tile.block_n)
         P = min(cdiv(M, tile.block_m), side if pieces else cdiv(side, blocks))
-        part = torch.empty((1 + has_bias, P, N), dtype=torch.float32, device=h.device)
+        part = torch.empty((len(dtypes), P, N), dtype=torch.float32, device=h.device)
         if pieces:
             _bwd_kernel[(P,)](
                 *inputs, part, seed, *strides, *numbers, ROWS=tile.block_m, PIECES=pieces,
                 **shared, **flags, **options,
             )  # fmt: skip
         else:
-            sums = torch.empty((M, 2), dtype=torch.float32, device=h.device)
+            of_rows = torch.empty((M, 2), dtype=torch.float32, device=h.device)
             _bwd_wide_sums_kernel[(M,)](
-                *inputs[0:1], *inputs[2:6], sums, strides[0], strides[2], N, **shared,
+                *inputs[0:1], *inputs[2:6], of_rows, strides[0], strides[2], N, **shared,
                 **tile.options,
             )  # fmt: skip
             _bwd_wide_kernel[(blocks, P)](
-                *inputs, part, seed, sums, *strides, *numbers, **shared, **flags, **tile.options
-            )
-        total = column_sum(part, weight.dtype)
-    return dx, dres, total[0], total[1] if has_bias else weight.new_empty(0)
+                *inputs, part, seed, of_rows, *strides, *numbers, **shared, **flags,
+                **tile.options,
+            )  # fmt: skip
+        sums = column_sum(part, dtypes)
+    return dx, dres, *_placed(sums, has_bias)
+
+
+def _placed(sums: list[Tensor], has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dweight, dbias, dx_bias of those there are, the others empty."""
+    dw, *biases = sums
+    db = biases.pop(0) if has_bias else dw.new_empty(0)
+    return dw, db, biases[0] if biases else dw.new_empty(0)

@@ -305,5 +305,5 @@ def rotary_norm_bwd(
             B * T, T, H, k.shape[2], eps, HALF=D // 2, ROT=cos.shape[-1], BLOCK_H=tile.block_m,
             BLOCK_D=tile.block_n, INTERLEAVED=interleaved, **tile.options,
         )  # fmt: skip
-        dqw, dkw = column_sum(part, q_weight.dtype)
+        dqw, dkw = column_sum(part, [q_weight.dtype, k_weight.dtype])
     return dq, dk, dqw, dkw

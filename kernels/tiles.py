@@ -351,6 +351,18 @@ def layer_norm_tile(N: int, backward: bool = False, dropout: bool = False) -> Ti
     return Tile(1, per_warp * needed, needed, 1)
 
 
+def shared_by_more(tile: Tile, pieces: int, backward: bool, dropout: bool) -> Tile:
+    """A norm's tile where a bias of the branch is held in registers as well: by twice the warps,
+    if a thread has so many elements that it would spill."""
+    most = 32
+    if chip().startswith("sm_") and (backward or dropout):
+        most = 8 if backward and dropout and chip() in ("sm_100", "sm_120") else 24
+    warp = 64 if chip().startswith("gfx9") else 32
+    if pieces * tile.block_m * tile.block_n <= most * warp * tile.num_warps:
+        return tile
+    return replace(tile, block_n=2 * tile.block_n, num_warps=2 * tile.num_warps)
+
+
 @tunable
 def embedding_tile(C: int, backward: bool = False) -> Tile:
     """Rows x columns of a program: a warp moves 16 bytes a lane of 16-bit rows."""

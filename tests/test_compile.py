@@ -71,10 +71,14 @@ def layer_norm(
         x, w = torch.empty(64, N, dtype=dtype), torch.empty(N, dtype=stream)
         res = torch.empty(64, N, dtype=stream) if residual else None
         b = w if bias else None
-        _, h, mean, rstd = layer_norm_fwd(x, res, w, b, 1e-5, p, SEED if p else None)
+        x_bias = torch.empty(N, dtype=dtype) if residual and bias else None
+        _, h, mean, rstd = layer_norm_fwd(x, res, w, b, 1e-5, p, SEED if p else None, x_bias)
         h = h if residual else x
         dh = h if residual else None
-        layer_norm_bwd(x, dh, h, w, bias, mean, rstd, p, SEED if p else None, dtype)
+        layer_norm_bwd(
+            x, dh, h, w, bias, mean, rstd, p, SEED if p else None, dtype,
+            None if x_bias is None else dtype,
+        )  # fmt: skip
 
     return launch
 

@@ -21,7 +21,7 @@ from tests.conftest import DTYPES
 
 def inputs(
     *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", bias: bool = True,
-    residual: bool = False,
+    residual: bool = False, x_bias: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     x = {"x": torch.randn(shape, dtype=dtype, device=device) * 2 + 1}
     x["weight"] = torch.randn(shape[-1], dtype=dtype, device=device)
@@ -29,6 +29,8 @@ def inputs(
         x["bias"] = torch.randn(shape[-1], dtype=dtype, device=device)
     if residual:
         x["residual"] = torch.randn(shape, dtype=dtype, device=device)
+    if x_bias:
+        x["x_bias"] = torch.randn(shape[-1], dtype=dtype, device=device)
     return x
 
 
@@ -61,6 +63,14 @@ def test_residual_is_added_first_and_returned() -> None:
     assert torch.equal(y, layer_norm(h, x["weight"], x["bias"]))
 
 
+def test_the_bias_of_a_branch_is_added_before_dropout() -> None:
+    x = inputs(40, 9, residual=True) | {"x": torch.zeros(40, 9)}
+    _, h = layer_norm(**x, x_bias=torch.full((9,), 3.0), dropout_p=0.25)
+    added = h - x["residual"]
+    assert torch.allclose(added.abs() * (added - 4.0).abs(), torch.zeros(40, 9), atol=1e-4)
+    assert 0.6 < (added > 1.0).double().mean() < 0.9
+
+
 def test_the_stream_keeps_its_dtype_and_the_branch_its_own() -> None:
     x = inputs(4, 9)
     y, h = layer_norm(**x | {"x": x["x"].bfloat16()}, residual=torch.randn(4, 9))
@@ -80,7 +90,7 @@ def test_plain_path_is_the_specification(rows: int, N: int, bias: bool, residual
 @pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck(dtype: torch.dtype) -> None:
     loose = {"eps": 1e-2, "atol": 5e-2, "rtol": 5e-2}
-    x = inputs(3, 5, dtype=dtype, residual=True)
+    x = inputs(3, 5, dtype=dtype, residual=True, x_bias=True)
     seed = torch.tensor([9])
 
     def f(*tensors: Tensor) -> Any:
@@ -108,11 +118,12 @@ def test_kernel_matches(shape: tuple[int, ...], dtype: torch.dtype, device: str)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("x_bias", [False, True], ids=["", "x_bias"])
 @pytest.mark.parametrize("shape", [(5, 33), (3, 300)], ids=str)
 def test_kernel_matches_with_residual(
-    shape: tuple[int, ...], dropout_p: float, dtype: torch.dtype, device: str
+    shape: tuple[int, ...], x_bias: bool, dropout_p: float, dtype: torch.dtype, device: str
 ) -> None:
-    x = inputs(*shape, dtype=dtype, device=device, residual=True)
+    x = inputs(*shape, dtype=dtype, device=device, residual=True, x_bias=x_bias)
     kwargs: dict[str, Any] = {"dropout_p": dropout_p}
     if dropout_p:
         kwargs["seed"] = torch.tensor([2**35 + 1], device=device)
@@ -122,7 +133,7 @@ def test_kernel_matches_with_residual(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_kernel_matches_on_rows_wider_than_registers(dropout_p: float, device: str) -> None:
-    x = inputs(2, 8200, device=device, residual=True)
+    x = inputs(2, 8200, device=device, residual=True, x_bias=True)
     kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([4], device=device)}
     assert_matches(joined(kernel(**kwargs)), joined(partial(layer_norm_ref, **kwargs)), x)
 
@@ -132,7 +143,8 @@ def test_half_branch_into_float_stream(device: str) -> None:
     """As under autocast: x of 16 bits, residual, weight and bias of 32."""
     half = DTYPES[-1]
     x = {"x": torch.randn(6, 40, device=device).to(half)}
-    x |= {n: t for n, t in inputs(6, 40, device=device, residual=True).items() if n != "x"}
+    stream = inputs(6, 40, device=device, residual=True, x_bias=True)
+    x |= {n: t for n, t in stream.items() if n != "x"}
     leaves = {n: t.clone().requires_grad_() for n, t in x.items()}
     y, h = kernel(dropout_p=0.2, seed=torch.tensor([1], device=device))(**leaves)
     assert y.dtype == half and h.dtype == torch.float32
@@ -155,7 +167,9 @@ def test_kernel_matches_on_any_shape_and_strides(data: st.DataObject, device: st
              draw(st.integers(1, 200)))  # fmt: skip
     dtype = draw(st.sampled_from(DTYPES))
     residual = draw(st.booleans())
-    x = inputs(*shape, dtype=dtype, device=device, bias=draw(st.booleans()), residual=residual)
+    x_bias = residual and draw(st.booleans())
+    bias = draw(st.booleans())
+    x = inputs(*shape, dtype=dtype, device=device, bias=bias, residual=residual, x_bias=x_bias)
     for name in ("x", "residual"):
         if name not in x:
             continue
@@ -207,13 +221,14 @@ def test_only_the_stream_carries_gradient(device: str) -> None:
 def test_second_derivative_is_that_of_the_reference(device: str) -> None:
     def penalty(op: Any) -> list[Tensor]:
         torch.manual_seed(1)
-        x = {n: t.requires_grad_() for n, t in inputs(3, 8, device=device, residual=True).items()}
+        given = inputs(3, 8, device=device, residual=True, x_bias=True)
+        x = {n: t.requires_grad_() for n, t in given.items()}
         y, h = op(**x)
         loss = (y.sin() * h).sum()
         grads = torch.autograd.grad(loss, list(x.values()), create_graph=True)
         return list(torch.autograd.grad(
             sum((g.square().sum() for g in grads), torch.zeros((), device=device)),
-            [x["x"], x["residual"], x["weight"]],
+            [x["x"], x["residual"], x["weight"], x["x_bias"]],
         ))  # fmt: skip
 
     for got, want in zip(penalty(kernel()), penalty(layer_norm_ref), strict=True):
@@ -278,7 +293,7 @@ def test_sums_over_many_rows_lose_no_more_than_float32_must(device: str) -> None
     h, dy = torch.randn(M, 4, device=device), torch.rand(M, 4, device=device) + 1.0
     mean, rstd = h.mean(-1), torch.rsqrt(h.var(-1, correction=0) + 1e-5)
     back = torch.ops.fastgpt.layer_norm_bwd
-    _, _, dweight, dbias = back(dy, None, h, h[0], True, mean, rstd, 0.0, None, h.dtype)
+    _, _, dweight, dbias, _ = back(dy, None, h, h[0], True, mean, rstd, 0.0, None, h.dtype)
     xhat = (h.double() - mean[:, None]) * rstd[:, None]
     dw, db = (dy * xhat).sum(0), dy.double().sum(0)
     assert ((dbias - db).abs() / db).max() < 1e-6
@@ -286,12 +301,28 @@ def test_sums_over_many_rows_lose_no_more_than_float32_must(device: str) -> None
 
 
 @pytest.mark.gpu
+def test_the_gradient_of_a_bias_has_that_biases_dtype(device: str) -> None:
+    """A norm of float32 after a product of 16 bits, with a bias of the norm and without."""
+    half = DTYPES[-1]
+    b = torch.randn(40, device=device).to(half).requires_grad_()
+    for bias in (True, False):
+        x = inputs(6, 40, device=device, residual=True, bias=bias)
+        y, h = kernel()(**x, x_bias=b)
+        (got,) = torch.autograd.grad((y.sin() + h).sum(), b)
+        y, h = layer_norm_ref(**x, x_bias=b)
+        (want,) = torch.autograd.grad((y.sin() + h).sum(), b)
+        assert got.dtype == half and torch.allclose(got, want, atol=5e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
 def test_empty(device: str) -> None:
     kernel()(**inputs(1, 3, device=device))  # the proof that kernels run in this mode
-    x = {n: t.requires_grad_() for n, t in inputs(0, 6, device=device).items()}
-    y = kernel()(**x)
-    grads = torch.autograd.grad(y.sum(), list(x.values()))
-    assert y.shape == (0, 6) and (grads[1] == 0).all() and (grads[2] == 0).all()
+    x = inputs(0, 6, device=device, residual=True, x_bias=True)
+    x = {n: t.requires_grad_() for n, t in x.items()}
+    y, h = kernel()(**x)
+    grads = torch.autograd.grad(y.sum() + h.sum(), list(x.values()))
+    assert y.shape == (0, 6) and all((g == 0).all() for g in grads)
+    assert [g.shape for g in grads] == [t.shape for t in x.values()]
 
 
 @pytest.mark.gpu
@@ -321,24 +352,28 @@ def test_opcheck(residual: bool, dropout_p: float, bias: bool) -> None:
     if dropout_p and not residual:
         return
     seed = torch.tensor([5]) if dropout_p else None
-    x = inputs(2, 3, 8, bias=bias, residual=residual)
-    res = x.get("residual")
-    args = (x["x"], res, x["weight"], x.get("bias"), 1e-5, dropout_p, seed)
+    x = inputs(2, 3, 8, bias=bias, residual=residual, x_bias=residual)
+    res, x_bias = x.get("residual"), x.get("x_bias")
+    args = (x["x"], res, x["weight"], x.get("bias"), 1e-5, dropout_p, seed, x_bias)
     torch.library.opcheck(torch.ops.fastgpt.layer_norm_fwd, args)
     y, h, mean, rstd = torch.ops.fastgpt.layer_norm_fwd(*args)
     h = h if residual else x["x"]
     dh = torch.randn_like(h) if residual else None
-    back = (torch.randn_like(y), dh, h, x["weight"], bias, mean, rstd, dropout_p, seed, y.dtype)
+    back = (
+        torch.randn_like(y), dh, h, x["weight"], bias, mean, rstd, dropout_p, seed, y.dtype,
+        None if x_bias is None else x_bias.dtype,
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.fastgpt.layer_norm_bwd, back)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_function_gradcheck_and_double_backward(dropout_p: float) -> None:
-    x = [t.requires_grad_() for t in inputs(3, 4, dtype=torch.float64, residual=True).values()]
+    given = inputs(3, 4, dtype=torch.float64, residual=True, x_bias=True)
+    x = [t.requires_grad_() for t in given.values()]
     seed = torch.tensor([2]) if dropout_p else None
 
-    def f(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Any:
-        return LayerNormFunction.apply(x, r, w, b, 1e-5, dropout_p, seed)
+    def f(x: Tensor, w: Tensor, b: Tensor, r: Tensor, xb: Tensor) -> Any:
+        return LayerNormFunction.apply(x, r, w, b, 1e-5, dropout_p, seed, xb)
 
     assert torch.autograd.gradcheck(f, x)
     assert torch.autograd.gradgradcheck(f, x)
@@ -354,15 +389,15 @@ def test_function_takes_one_row_without_a_batch() -> None:
     assert torch.autograd.gradgradcheck(f, x)
 
 
-@pytest.mark.parametrize("asking", ["x", "weight", "bias", "residual", "x bias"])
+@pytest.mark.parametrize("asking", ["x", "weight", "bias", "residual", "x_bias", "x bias"])
 def test_double_backward_of_what_asks_for_it_alone(asking: str) -> None:
-    x = inputs(3, 4, dtype=torch.float64, residual=True)
-    leaves = [t.requires_grad_(name in asking) for name, t in x.items()]
+    x = inputs(3, 4, dtype=torch.float64, residual=True, x_bias=True)
+    leaves = [t.requires_grad_(name in asking.split()) for name, t in x.items()]
 
     def f(*wanted: Tensor) -> Any:
         given = iter(wanted)
-        x, w, b, r = (next(given) if t.requires_grad else t for t in leaves)
-        return LayerNormFunction.apply(x, r, w, b, 1e-5, 0.0, None)
+        x, w, b, r, xb = (next(given) if t.requires_grad else t for t in leaves)
+        return LayerNormFunction.apply(x, r, w, b, 1e-5, 0.0, None, xb)
 
     assert torch.autograd.gradgradcheck(f, [t for t in leaves if t.requires_grad])
 
@@ -375,11 +410,11 @@ def test_compiles_to_one_graph_for_three_row_counts() -> None:
 
 
 def test_compiled_gradients_are_the_eager_ones() -> None:
-    def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        y, h = LayerNormFunction.apply(x, residual, weight, bias, 1e-5, 0.0, None)
+    def loss(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, x_bias: Tensor) -> Tensor:
+        y, h = LayerNormFunction.apply(x, residual, weight, bias, 1e-5, 0.0, None, x_bias)
         return y.square().sum() + h.sin().sum()
 
-    assert_compiled_gradients_match(loss, inputs(4, 16, residual=True))
+    assert_compiled_gradients_match(loss, inputs(4, 16, residual=True, x_bias=True))
 
 
 # ------------------------------------------------------------------ bad input
@@ -396,6 +431,8 @@ def test_rejects() -> None:
         ((x, w, torch.zeros(1)), {}, r"bias must be \(8,\)"),
         ((x, w), {"residual": torch.zeros(3, 8)}, "residual must have x's shape; got residual"),
         ((x, w), {"dropout_p": 0.1}, "dropout_p needs residual"),
+        ((x, w), {"x_bias": w}, "x_bias needs residual; got x_bias alone"),
+        ((x, w), {"residual": x, "x_bias": w[:7]}, r"x_bias must be \(8,\), the last"),
         ((x, w), {"residual": x, "dropout_p": 1.5}, r"dropout_p must lie in \[0, 1\); got 1.5"),
         ((torch.zeros(3, 0), torch.zeros(0)), {}, "last dimension of at least 1"),
         ((x, w.to("meta")), {}, "on one device; got x cpu, weight meta"),

@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastgpt
 from fastgpt import GPT, GPTConfig, generate
 from fastgpt.lab.memory import saved_bytes
+from fastgpt.layers import MLP
 from tests.conftest import SANITIZED
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +82,30 @@ def test_trains_with_dropout_and_the_same_seed_gives_the_same_bits(device: str) 
     first = train()
     assert first == train()
     assert first[-1] < first[0]
+
+
+def test_a_module_that_is_watched_or_wrapped_gives_its_whole_output(device: str) -> None:
+    """Its bias is summed by itself, and by the next norm only where nobody sees the difference."""
+    model = GPT(CONFIG).to(device)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    idx = torch.randint(31, (2, 5), device=device)
+    with fastgpt.use("triton"):
+        want = model(idx)
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        seen.append((module, args[0], y))
+
+    first, second = model.h
+    for module in (first.mlp, first.attn.c_proj, second.attn):
+        module.register_forward_hook(watch)
+    second.mlp.__class__ = type("Sharded", (MLP,), {})  # as FSDP does
+    with fastgpt.use("triton"):
+        torch.testing.assert_close(model(idx), want, atol=1e-5, rtol=1e-5)
+        for module, x, y in seen[:]:
+            torch.testing.assert_close(module(x), y)
+    assert len(seen) == 6 and all(isinstance(y, Tensor) for _, _, y in seen)
 
 
 @pytest.mark.skipif(SANITIZED, reason="to autocast the sanitizer's tensors are CPU tensors")

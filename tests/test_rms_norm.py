@@ -21,12 +21,18 @@ from tests.conftest import DTYPES
 
 
 def inputs(
-    *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", residual: bool = False
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    residual: bool = False,
+    x_bias: bool = False,
 ) -> dict[str, Tensor]:
     x = {"x": torch.randn(shape, dtype=dtype, device=device) * 2 + 1}
     x["weight"] = torch.randn(shape[-1], dtype=dtype, device=device)
     if residual:
         x["residual"] = torch.randn(shape, dtype=dtype, device=device)
+    if x_bias:
+        x["x_bias"] = torch.randn(shape[-1], dtype=dtype, device=device)
     return x
 
 
@@ -93,7 +99,7 @@ def test_kernel_matches(shape: tuple[int, ...], dtype: torch.dtype, device: str)
 def test_kernel_matches_with_residual(
     shape: tuple[int, ...], dropout_p: float, dtype: torch.dtype, device: str
 ) -> None:
-    x = inputs(*shape, dtype=dtype, device=device, residual=True)
+    x = inputs(*shape, dtype=dtype, device=device, residual=True, x_bias=dropout_p > 0.0)
     kwargs: dict[str, Any] = {"dropout_p": dropout_p}
     if dropout_p:
         kwargs["seed"] = torch.tensor([2**35 + 1], device=device)
@@ -135,12 +141,13 @@ def test_expanded_input_and_gradient(device: str) -> None:
 def test_second_derivative_is_that_of_the_reference(device: str) -> None:
     def penalty(op: Any) -> list[Tensor]:
         torch.manual_seed(1)
-        x = {n: t.requires_grad_() for n, t in inputs(3, 8, device=device, residual=True).items()}
+        given = inputs(3, 8, device=device, residual=True, x_bias=True)
+        x = {n: t.requires_grad_() for n, t in given.items()}
         y, h = op(**x)
         loss = (y.sin() * h).sum()
         grads = torch.autograd.grad(loss, list(x.values()), create_graph=True)
         total = sum((g.square().sum() for g in grads), torch.zeros((), device=device))
-        return list(torch.autograd.grad(total, [x["x"], x["residual"], x["weight"]]))
+        return list(torch.autograd.grad(total, list(x.values())))
 
     for got, want in zip(penalty(kernel()), penalty(rms_norm_ref), strict=True):
         assert torch.allclose(got, want, atol=1e-3, rtol=1e-3)
@@ -174,23 +181,26 @@ def test_empty(device: str) -> None:
 )
 def test_opcheck(residual: bool, dropout_p: float) -> None:
     seed = torch.tensor([5]) if dropout_p else None
-    x = inputs(2, 3, 8, residual=residual)
-    args = (x["x"], x.get("residual"), x["weight"], 1e-6, dropout_p, seed)
+    x = inputs(2, 3, 8, residual=residual, x_bias=residual)
+    x_bias = x.get("x_bias")
+    args = (x["x"], x.get("residual"), x["weight"], 1e-6, dropout_p, seed, x_bias)
     torch.library.opcheck(torch.ops.fastgpt.rms_norm_fwd, args)
     y, h, rstd = torch.ops.fastgpt.rms_norm_fwd(*args)
     h = h if residual else x["x"]
     dh = torch.randn_like(h) if residual else None
-    back = (torch.randn_like(y), dh, h, x["weight"], rstd, dropout_p, seed, y.dtype)
+    dtype = None if x_bias is None else x_bias.dtype
+    back = (torch.randn_like(y), dh, h, x["weight"], rstd, dropout_p, seed, y.dtype, dtype)
     torch.library.opcheck(torch.ops.fastgpt.rms_norm_bwd, back)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_function_gradcheck_and_double_backward(dropout_p: float) -> None:
-    x = [t.requires_grad_() for t in inputs(3, 4, dtype=torch.float64, residual=True).values()]
+    given = inputs(3, 4, dtype=torch.float64, residual=True, x_bias=True)
+    x = [t.requires_grad_() for t in given.values()]
     seed = torch.tensor([2]) if dropout_p else None
 
-    def f(x: Tensor, w: Tensor, r: Tensor) -> Any:
-        return RMSNormFunction.apply(x, r, w, 1e-6, dropout_p, seed)
+    def f(x: Tensor, w: Tensor, r: Tensor, xb: Tensor) -> Any:
+        return RMSNormFunction.apply(x, r, w, 1e-6, dropout_p, seed, xb)
 
     assert torch.autograd.gradcheck(f, x)
     assert torch.autograd.gradgradcheck(f, x)
@@ -206,13 +216,14 @@ def test_function_takes_one_row_without_a_batch() -> None:
     assert torch.autograd.gradgradcheck(f, x)
 
 
-@pytest.mark.parametrize("asking", ["x", "weight", "residual"])
+@pytest.mark.parametrize("asking", ["x", "weight", "residual", "x_bias"])
 def test_double_backward_of_what_asks_for_it_alone(asking: str) -> None:
-    x = inputs(3, 4, dtype=torch.float64, residual=True)
+    x = inputs(3, 4, dtype=torch.float64, residual=True, x_bias=True)
     leaf = x[asking].requires_grad_()
 
     def f(_: Tensor) -> Any:
-        return RMSNormFunction.apply(x["x"], x["residual"], x["weight"], 1e-6, 0.0, None)
+        args = x["x"], x["residual"], x["weight"], 1e-6, 0.0, None, x["x_bias"]
+        return RMSNormFunction.apply(*args)
 
     assert torch.autograd.gradgradcheck(f, [leaf])
 
@@ -241,6 +252,7 @@ def test_rejects() -> None:
         ((x, torch.zeros(7)), {}, r"weight must be \(8,\), the last dimension of x; got weight"),
         ((x, w), {"residual": torch.zeros(3, 8)}, "residual must have x's shape; got residual"),
         ((x, w), {"dropout_p": 0.1}, "dropout_p needs residual; got dropout_p 0.1"),
+        ((x, w), {"x_bias": w}, "x_bias needs residual; got x_bias alone"),
         ((x, w), {"residual": x, "dropout_p": 1.5}, r"dropout_p must lie in \[0, 1\); got 1.5"),
         ((torch.zeros(3, 0), torch.zeros(0)), {}, "last dimension of at least 1"),
         ((x, w.to("meta")), {}, "on one device; got x cpu, weight meta"),

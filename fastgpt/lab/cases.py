@@ -74,10 +74,12 @@ def _layer_norm(s: Sizes) -> None:
     x = torch.empty(M, N, dtype=dtype)
     res = torch.empty(M, N, dtype=dtype) if s["residual"] else None
     weight = torch.empty(N, dtype=torch.float32)
+    x_bias = torch.empty(N, dtype=dtype) if s["x_bias"] else None
     seed = torch.zeros(1, dtype=torch.int64) if p else None
-    _, h, mean, rstd = layer_norm_fwd(x, res, weight, weight, 1e-5, p, seed)
-    dh = h if s["residual"] else None
-    layer_norm_bwd(x, dh, h if s["residual"] else x, weight, True, mean, rstd, p, seed, dtype)
+    _, h, mean, rstd = layer_norm_fwd(x, res, weight, weight, 1e-5, p, seed, x_bias)
+    dh, h = (h, h) if s["residual"] else (None, x)
+    xb_dtype = None if x_bias is None else x_bias.dtype
+    layer_norm_bwd(x, dh, h, weight, True, mean, rstd, p, seed, dtype, xb_dtype)
 
 
 def _rms_norm(s: Sizes) -> None:
@@ -87,10 +89,12 @@ def _rms_norm(s: Sizes) -> None:
     x = torch.empty(M, N, dtype=dtype)
     res = torch.empty(M, N, dtype=dtype) if s["residual"] else None
     weight = torch.empty(N, dtype=torch.float32)
+    x_bias = torch.empty(N, dtype=dtype) if s["x_bias"] else None
     seed = torch.zeros(1, dtype=torch.int64) if p else None
-    _, h, rstd = rms_norm_fwd(x, res, weight, 1e-6, p, seed)
-    dh = h if s["residual"] else None
-    rms_norm_bwd(x, dh, h if s["residual"] else x, weight, rstd, p, seed, dtype)
+    _, h, rstd = rms_norm_fwd(x, res, weight, 1e-6, p, seed, x_bias)
+    dh, h = (h, h) if s["residual"] else (None, x)
+    xb_dtype = None if x_bias is None else x_bias.dtype
+    rms_norm_bwd(x, dh, h, weight, rstd, p, seed, dtype, xb_dtype)
 
 
 def _rotary(s: Sizes) -> None:
@@ -224,13 +228,13 @@ _NORM = {
 OPS = {
     "layer_norm": Case(
         _layer_norm,
-        {"M": 8192, "N": 768, "dtype": "bf16", "dropout_p": 0.0, "residual": 1},
+        {"M": 8192, "N": 768, "dtype": "bf16", "dropout_p": 0.0, "residual": 1, "x_bias": 0},
         tuple({"M": M, "N": 768} for M in (64, 128, 256)),
         _NORM,
     ),
     "rms_norm": Case(
         _rms_norm,
-        {"M": 8192, "N": 576, "dtype": "bf16", "dropout_p": 0.0, "residual": 1},
+        {"M": 8192, "N": 576, "dtype": "bf16", "dropout_p": 0.0, "residual": 1, "x_bias": 0},
         tuple({"M": M, "N": 576} for M in (64, 128, 256)),
         _NORM,
     ),

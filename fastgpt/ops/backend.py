@@ -170,6 +170,11 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
+def kernels_run(x: Tensor) -> bool:
+    """Whether ops given x take their kernels, unless one has a reason of its own."""
+    return _path != "reference" and _obstacle(x) is None
+
+
 def kernel_chosen(op: str, x: Tensor, obstacle: str | None = None) -> bool:
     """Decide for a call of op on x; obstacle is the op's own reason why its kernel cannot run.
 

@@ -1,4 +1,4 @@
-"""Layer normalization, with the residual add and dropout before it."""
+"""Layer normalization, with a bias, dropout and the residual add before it."""
 
 from typing import Any, overload
 
@@ -11,10 +11,14 @@ from fastgpt.ops.dropout import check_dropout, draw_seed, dropout_mask
 from fastgpt.ops.library import define, fake, impl
 
 
-def add_branch(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
-    """residual + dropout(x), in residual's dtype; x itself without a residual."""
+def add_branch(
+    x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None, x_bias: Tensor | None
+) -> Tensor:
+    """residual + dropout(x + x_bias), in residual's dtype; x itself without a residual."""
     if residual is None:
         return x
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)
     if p > 0.0 and seed is not None:
         keep = dropout_mask(seed, (x.numel() // max(1, x.shape[-1]), x.shape[-1]), p)
         x = x * keep.view(x.shape) / (1.0 - p)
@@ -25,10 +29,10 @@ def add_branch(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None
 
 def _plain(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, p: float,
-    seed: Tensor | None,
+    seed: Tensor | None, x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain PyTorch: its own layer norm, in the widest of the dtypes."""
-    h = add_branch(x, residual, p, seed)
+    h = add_branch(x, residual, p, seed, x_bias)
     dtype = torch.promote_types(h.dtype, weight.dtype)
     b = None if bias is None else bias.to(dtype)
     y = F.layer_norm(h.to(dtype), weight.shape, weight.to(dtype), b, eps)
@@ -42,11 +46,12 @@ def layer_norm_ref(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
+    x_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The specification of `layer_norm`, in steps that each round to their own dtype."""
-    h = add_branch(x, residual, dropout_p, seed)
+    h = add_branch(x, residual, dropout_p, seed, x_bias)
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     xhat = (wide - wide.mean(-1, keepdim=True)) * torch.rsqrt(
         wide.var(-1, correction=0, keepdim=True) + eps
@@ -57,26 +62,26 @@ def layer_norm_ref(
 
 forward_op = define(
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps,"
-    " float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)"
+    " float dropout_p, Tensor? seed, Tensor? x_bias=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 backward_op = define(
     "layer_norm_bwd(Tensor? dy, Tensor? dh, Tensor h, Tensor weight, bool has_bias, Tensor mean,"
-    " Tensor rstd, float dropout_p, Tensor? seed, ScalarType x_dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor rstd, float dropout_p, Tensor? seed, ScalarType x_dtype,"
+    " ScalarType? x_bias_dtype=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @impl("layer_norm_fwd")
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, h (empty without residual: h is x), mean, rstd; all over x as (M, N)."""
     if backend.runs_kernel(x):
         from fastgpt.kernels.layer_norm import layer_norm_fwd
 
-        return layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)
-    h = add_branch(x, residual, dropout_p, seed)
+        return layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed, x_bias)
+    h = add_branch(x, residual, dropout_p, seed, x_bias)
     y, _ = _plain(h, None, weight, bias, eps, 0.0, None)
     wide = h.to(torch.promote_types(h.dtype, torch.float32)).reshape(-1, h.shape[-1])
     var, mean = torch.var_mean(wide, -1, correction=0)
@@ -88,7 +93,7 @@ def _layer_norm_fwd(
 @fake("layer_norm_fwd")
 def _(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = 1
     for size in x.shape[:-1]:
@@ -103,12 +108,16 @@ def _(
 def _layer_norm_bwd(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
     rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dx, dresidual (empty where it would be dx), dweight, dbias (empty without bias)."""
+    x_bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx, dresidual (empty where it would be dx), dweight, dbias (empty without bias), dx_bias
+    (empty without its dtype)."""
     if backend.runs_kernel(h):
         from fastgpt.kernels.layer_norm import layer_norm_bwd
 
-        return layer_norm_bwd(dy, dh, h, weight, has_bias, mean, rstd, dropout_p, seed, x_dtype)
+        return layer_norm_bwd(
+            dy, dh, h, weight, has_bias, mean, rstd, dropout_p, seed, x_dtype, x_bias_dtype
+        )
     N = h.shape[-1]
     wide = torch.promote_types(h.dtype, torch.float32)
     flat = h.reshape(-1, N).to(wide)
@@ -130,6 +139,7 @@ def _layer_norm_bwd(
         h.new_empty(0) if one else dres.to(h.dtype).reshape(h.shape).clone(),
         dw,
         db if has_bias else weight.new_empty(0),
+        weight.new_empty(0) if x_bias_dtype is None else dx.sum(0).to(x_bias_dtype),
     )
 
 
@@ -137,29 +147,32 @@ def _layer_norm_bwd(
 def _(
     dy: Tensor | None, dh: Tensor | None, h: Tensor, weight: Tensor, has_bias: bool, mean: Tensor,
     rstd: Tensor, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x_bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     one = dropout_p == 0.0 and x_dtype == h.dtype
     return (
         h.new_empty(h.shape, dtype=x_dtype),
         h.new_empty(0) if one else h.new_empty(h.shape),
         weight.new_empty(weight.shape),
         weight.new_empty(weight.shape) if has_bias else weight.new_empty(0),
+        weight.new_empty(0 if x_bias_dtype is None else weight.shape, dtype=x_bias_dtype),
     )
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """(x, residual, weight, bias, ...) -> (y, h); without residual only y."""
+    """(x, residual, weight, bias, ..., x_bias) -> (y, h); without residual only y."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
-        eps: float, dropout_p: float, seed: Tensor | None,
+        eps: float, dropout_p: float, seed: Tensor | None, x_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        y, h, mean, rstd = forward_op(x, residual, weight, bias, eps, dropout_p, seed)
+        y, h, mean, rstd = forward_op(x, residual, weight, bias, eps, dropout_p, seed, x_bias)
         h = x if residual is None else h
         ctx.save_for_backward(h, weight, mean, rstd, seed)
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.dropout_p, ctx.x_dtype = eps, dropout_p, x.dtype
+        ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
         return y if residual is None else (y, h)
 
     @staticmethod
@@ -167,28 +180,28 @@ class LayerNormFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dh: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         h, weight, mean, rstd, seed = ctx.saved_tensors
-        _, needs_residual, _, needs_bias, *_ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
+        x_bias_dtype = ctx.x_bias_dtype if needs[-1] else None
         if dy is None and dh is None:
-            return (None,) * 7
+            return (None,) * len(needs)
         dw: Tensor | None
         db: Tensor | None
+        dxb: Tensor | None
         if backend.double_backward():
             dres, dw, db = _double(dy, dh, h, weight, ctx.eps)
             dx = branch_grad(dres, ctx.dropout_p, seed, ctx.x_dtype)
+            dxb = column_grad(dx, x_bias_dtype)
         else:
-            dx, dres, dw, db = backward_op(
-                dy, dh, h, weight, needs_bias, mean, rstd, ctx.dropout_p, seed, ctx.x_dtype
-            )
+            dx, dres, dw, db, dxb = backward_op(
+                dy, dh, h, weight, needs[3], mean, rstd, ctx.dropout_p, seed, ctx.x_dtype,
+                x_bias_dtype,
+            )  # fmt: skip
             dres = dx if dres.numel() == 0 else dres
-        return (
-            dx,
-            dres if needs_residual else None,
-            dw,
-            db if needs_bias else None,
-            None,
-            None,
-            None,
-        )
+        grads = (
+            dx, dres if needs[1] else None, dw, db if needs[3] else None, None, None, None,
+            None if x_bias_dtype is None else dxb,
+        )  # fmt: skip
+        return grads[: len(needs)]
 
 
 def branch_grad(
@@ -199,6 +212,13 @@ def branch_grad(
         return None if dres is None else dres.to(dtype)
     keep = dropout_mask(seed, (dres.numel() // max(1, dres.shape[-1]), dres.shape[-1]), p)
     return (dres * keep.view(dres.shape) / (1.0 - p)).to(dtype)
+
+
+def column_grad(dx: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Gradient, if one of that dtype is wanted, of a bias that was added to x."""
+    if dx is None or dtype is None:
+        return None
+    return dx.reshape(-1, dx.shape[-1]).sum(0).to(dtype)
 
 
 def _double(
@@ -227,13 +247,13 @@ def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def check_norm(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    dropout_p: float, seed: Tensor | None,
+    dropout_p: float, seed: Tensor | None, x_bias: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise unless shapes, dtypes and devices are those of a norm."""
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must have a last dimension of at least 1; got {tuple(x.shape)}")
     last, device = x.shape[-1:], x.device
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         if t is not None and t.shape != last:
             raise ValueError(
                 f"{op}: {name} must be ({x.shape[-1]},), the last dimension of x;"
@@ -244,7 +264,9 @@ def check_norm(
             f"{op}: residual must have x's shape;"
             f" got residual {tuple(residual.shape)}, x {tuple(x.shape)}"
         )
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+    for name, t in (
+        ("x", x), ("weight", weight), ("bias", bias), ("residual", residual), ("x_bias", x_bias)
+    ):  # fmt: skip
         if t is not None and not t.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must have a floating dtype; got {t.dtype}")
         if t is not None and t.device != device:
@@ -258,19 +280,22 @@ def check_norm(
     check_dropout(op, dropout_p, seed)
     if residual is None and dropout_p > 0.0:
         raise ValueError(f"{op}: dropout_p needs residual; got dropout_p {dropout_p} alone")
+    if residual is None and x_bias is not None:
+        raise ValueError(f"{op}: x_bias needs residual; got x_bias alone")
 
 
 @overload
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = ..., eps: float = ..., *,
-    residual: None = ..., dropout_p: float = ..., seed: Tensor | None = ...,
+    residual: None = ..., x_bias: Tensor | None = ..., dropout_p: float = ...,
+    seed: Tensor | None = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = ..., eps: float = ..., *, residual: Tensor,
-    dropout_p: float = ..., seed: Tensor | None = ...,
+    x_bias: Tensor | None = ..., dropout_p: float = ..., seed: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -281,19 +306,23 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
+    x_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm: y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last dimension.
 
-    With residual, h = residual + dropout(x) is made in the same pass and returned too: it is the
-    residual stream of a pre-norm transformer. Without it h = x. The variance is the biased one.
+    With residual, h = residual + dropout(x + x_bias) is made in the same pass and returned too: it
+    is the residual stream of a pre-norm transformer. Without it h = x. The variance is the biased
+    one.
 
     Args:
         x: (..., N) in float32, float16 or bfloat16, any strides, any N.
         weight, bias: (N,), of one floating dtype, which may be wider than x's.
         eps: added to the variance.
         residual: x's shape; its dtype may be wider than x's and is h's.
+        x_bias: (N,) of a floating dtype, the bias of the product that made x, so that neither that
+            product nor its backward need see to it; needs residual.
         dropout_p: probability in [0, 1) of dropping an element of x; needs residual.
         seed: one int64 on x's device that fixes the dropout mask (see `dropout_mask`, of shape
             (rows, N)); drawn from torch's generator if None.
@@ -302,25 +331,26 @@ def layer_norm(
         y: x's shape and dtype. With residual (y, h), h in residual's dtype. Statistics are float32.
 
     Raises:
-        ValueError: shapes or devices differ, or dropout_p without residual or outside [0, 1).
+        ValueError: shapes or devices differ, x_bias or dropout_p without residual, or dropout_p
+            outside [0, 1).
         TypeError: a dtype is not floating, or weight's and bias's differ.
 
     Ba, Kiros, Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450, eq. 4.
     """
-    check_norm("layer_norm", x, weight, bias, residual, dropout_p, seed)
-    if backend.kernel_chosen("layer_norm", x, norm_obstacle(weight, residual)):
+    check_norm("layer_norm", x, weight, bias, residual, dropout_p, seed, x_bias)
+    if backend.kernel_chosen("layer_norm", x, norm_obstacle(weight, residual, x_bias)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        args = backend.traceable(x, residual, weight, bias, eps, dropout_p, seed)
+        args = backend.traceable(x, residual, weight, bias, eps, dropout_p, seed, x_bias)
         out = LayerNormFunction.apply(*args)
         return out  # type: ignore[no-any-return]
-    y, h = _plain(x, residual, weight, bias, eps, dropout_p, seed)
+    y, h = _plain(x, residual, weight, bias, eps, dropout_p, seed, x_bias)
     return y if residual is None else (y, h)
 
 
-def norm_obstacle(weight: Tensor, residual: Tensor | None) -> str | None:
+def norm_obstacle(weight: Tensor, residual: Tensor | None, x_bias: Tensor | None) -> str | None:
     """What keeps a norm's kernel from running, beside x."""
-    for name, t in (("weight", weight), ("residual", residual)):
+    for name, t in (("weight", weight), ("residual", residual), ("x_bias", x_bias)):
         if t is not None and t.dtype == torch.float64:
             return f"the kernel takes no float64; {name} is"
     return None

@@ -89,6 +89,7 @@ def _packed_attention(q: Tensor, cu_seqlens_q: Tensor, **rest: Tensor) -> Any:
 
 def _norm(n: int, *names: str) -> Inputs:
     shapes = {"x": (2, n, C), "residual": (2, n, C), "weight": (C,), "bias": (C,)}
+    shapes["x_bias"] = (C,)
     return {name: torch.randn(shapes[name]) for name in ("x", "weight", *names)}
 
 
@@ -148,13 +149,13 @@ CASES = [
     Case(
         "layer_norm residual, dropout",
         partial(ops.layer_norm, dropout_p=0.3),
-        _seeded(lambda n: _norm(n, "bias", "residual")),
+        _seeded(lambda n: _norm(n, "bias", "residual", "x_bias")),
     ),
     Case("rms_norm", ops.rms_norm, _norm),
     Case(
         "rms_norm residual, dropout",
         partial(ops.rms_norm, dropout_p=0.3),
-        _seeded(lambda n: _norm(n, "residual")),
+        _seeded(lambda n: _norm(n, "residual", "x_bias")),
     ),
     Case("embedding", ops.embedding, _tables),
     Case("embedding dropout", partial(ops.embedding, dropout_p=0.3), _seeded(_tables)),

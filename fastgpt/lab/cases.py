@@ -360,7 +360,7 @@ def parse(said: str) -> tuple[str, Sizes]:
     wrong = [
         f"{key}={n}"
         for key, n in sizes.items()
-        if isinstance(n, int) and n < (key not in ("residual", "stochastic"))
+        if isinstance(n, int) and n < (key not in ("residual", "x_bias", "stochastic"))
     ]
     if wrong or not 0.0 <= sizes.get("dropout_p", 0.0) < 1.0:
         raise ValueError(

@@ -4,6 +4,7 @@ from fastgpt import huggingface, ops, optim
 from fastgpt.generate import generate, stream
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.backend import explain, use
+from fastgpt.patching import patch
 from fastgpt.tune import tune
 from fastgpt.warmup import warmup
 
@@ -16,6 +17,7 @@ __all__ = [
     "huggingface",
     "ops",
     "optim",
+    "patch",
     "stream",
     "tune",
     "use",

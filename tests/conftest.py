@@ -51,6 +51,7 @@ def all_kernels() -> set[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-kernel", metavar="PATTERN", help="fail unless each of these ran")
+    parser.addoption("--nanogpt", metavar="PATH", help="nanoGPT's model.py, to patch it")
     parser.addoption(
         "--every-configuration", action="store_true", help="compile all choices for all chips"
     )

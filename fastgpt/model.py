@@ -18,6 +18,7 @@ https://arxiv.org/abs/2305.13245 (grouped queries).
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -169,6 +170,16 @@ class GPT(nn.Module):
                 f"GPT: ids must lie in the vocabulary, 0 to {self.config.vocab_size - 1};"
                 f" got {low if low < 0 else high}"
             ) from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
+        """What .to() and .cuda() call; the tables of rotary embedding go along, as float32. So a
+        graph that is compiled finds them on its device."""
+        super()._apply(fn, recurse)
+        device = self.wte.weight.device
+        if self._turns is not None and device.type != "meta":
+            cos, sin = self._turns
+            self._turns = cos.to(device), sin.to(device)
+        return self
 
     def _turn(self, start: int, T: int) -> Turn | None:
         """Cosines and sines of T positions from start on, for rotary embedding."""

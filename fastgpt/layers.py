@@ -176,7 +176,7 @@ def made_again(x: Tensor, again: Again | None) -> Iterator[None]:
             t: Tensor = kept[0]
             return t
         with torch.no_grad():
-            made: Tensor = norm(h).to(dtype)
+            made: Tensor = norm(h.to(torch.promote_types(h.dtype, dtype))).to(dtype)
         return made.as_strided(*kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

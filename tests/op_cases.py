@@ -42,8 +42,11 @@ class Case:
         return made if isinstance(made, tuple) else (made,)
 
     def leaves(self, n: int = 5, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
-        """Inputs, those that take gradient in dtype and asking for it."""
-        made = {name: t.to(device) for name, t in self.inputs(n).items()}
+        """Inputs, those that take gradient in dtype and asking for it; a table may be float64."""
+        made = {
+            name: t.to(device, dtype if name in TABLE and dtype == torch.float64 else t.dtype)
+            for name, t in self.inputs(n).items()
+        }
         return {
             name: t.to(dtype).requires_grad_()
             if t.is_floating_point() and name not in self.fixed

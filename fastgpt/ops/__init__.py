@@ -1,7 +1,5 @@
 """One op, one file: its specification in plain PyTorch, its registered ops, its public function."""
 
-import sys
-
 from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
 from fastgpt.ops.attention import (
     attention,
@@ -15,7 +13,7 @@ from fastgpt.ops.dropout import dropout_mask
 from fastgpt.ops.embedding import embedding, embedding_ref
 from fastgpt.ops.ffn import ffn, ffn_ref
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_ref
-from fastgpt.ops.library import register_flop_formulas
+from fastgpt.ops.library import register_flop_formulas, teach_flop_counter
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from fastgpt.ops.rms_norm import rms_norm, rms_norm_ref
 from fastgpt.ops.rotary import rotary, rotary_ref, rotary_table
@@ -50,5 +48,4 @@ __all__ = [
     "use",
 ]
 
-if "torch.utils.flop_counter" in sys.modules:  # not loaded for its sake: it imports triton
-    register_flop_formulas()
+teach_flop_counter()

@@ -45,6 +45,7 @@ def _check_path(path: str, source: str) -> str:
 # Of the process, not of the thread: activation checkpointing runs forward again in a thread of the
 # autograd engine's, and must take the path that the first forward took. Dynamo guards on it too.
 _path = _check_path(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+_uses = [_path]  # the default, then what was entered and not yet left, by whatever thread
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,31 @@ _last: dict[str, Choice] = {}
 _listeners: list[list[Choice]] = []
 
 
+def _leave(path: str) -> None:
+    """Take away the last of that path: not the last of all, which may be another thread's."""
+    global _path
+    at = max(n for n, other in enumerate(_uses) if n and other == path)
+    del _uses[at]
+    _path = _uses[-1]
+
+
 @contextmanager
 def use(path: str) -> Iterator[None]:
     """Choose the path of every op called inside: "auto", "triton" or "reference".
+
+    It holds for all threads of the process: of those that are inside at a time, whoever entered
+    last decides, and once all have left it is as before.
 
     Raises:
         ValueError: path is none of these.
     """
     global _path
-    before, _path = _path, _check_path(path, "use")
+    _path = _check_path(path, "use")
+    _uses.append(path)
     try:
         yield
     finally:
-        _path = before
+        _leave(path)
 
 
 def explain(call: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
@@ -86,7 +99,8 @@ def explain(call: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -
         call: a function or model to run as call(*args, **kwargs). If None, nothing runs.
 
     Returns:
-        The choices made while call ran, in order; without call, the last choice of every op.
+        The choices made while call ran, in order, other threads' too; without call, the last
+        choice of every op.
         Calls inside a compiled graph are not seen: the choice was made when it was traced.
     """
     if call is None:
@@ -149,6 +163,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work."""
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _obstacle(x: Tensor) -> str | None:
     """What keeps any kernel from running on x, or None."""
     if not runs_kernel(x):
@@ -161,8 +183,8 @@ def _obstacle(x: Tensor) -> str | None:
         return "Triton's interpreter multiplies the raw bits of bfloat16"
     if torch.compiler.is_compiling():
         return None
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "kernels have no rule for the transforms of torch.func"
+    if transformed():
+        return "kernels have no rule for torch.func's transforms and forward-mode derivatives"
     if x.is_cuda and torch.version.hip is None:
         capability = _capability(x.device)
         if capability < OLDEST:
@@ -211,6 +233,13 @@ def autocast(*tensors: Maybe) -> tuple[Maybe, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype not in KERNEL_DTYPES else t.to(dtype) for t in tensors)
+
+
+def as_norms_under_autocast(x: Tensor) -> Tensor:
+    """x in float32 where torch's own norms take it so: of 16 bits, on CUDA, under autocast."""
+    if x.is_cuda and x.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
+        return x.float()
+    return x
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

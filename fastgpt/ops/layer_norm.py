@@ -329,6 +329,7 @@ def layer_norm(
 
     Returns:
         y: x's shape and dtype. With residual (y, h), h in residual's dtype. Statistics are float32.
+        Without residual, on CUDA under autocast, y is float32, as torch's own is.
 
     Raises:
         ValueError: shapes or devices differ, x_bias or dropout_p without residual, or dropout_p
@@ -338,6 +339,8 @@ def layer_norm(
     Ba, Kiros, Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450, eq. 4.
     """
     check_norm("layer_norm", x, weight, bias, residual, dropout_p, seed, x_bias)
+    if residual is None:
+        x = backend.as_norms_under_autocast(x)
     if backend.kernel_chosen("layer_norm", x, norm_obstacle(weight, residual, x_bias)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)

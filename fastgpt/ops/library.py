@@ -4,7 +4,12 @@ An implementation chooses kernel or plain PyTorch by `backend.runs_kernel`. Regi
 "CUDA" and another under "CPU" would not do: under the sanitizer the dispatcher sees CPU tensors.
 """
 
+import sys
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -57,8 +62,7 @@ def flops(name: str) -> Callable[[Fn], Fn]:
 def register_flop_formulas() -> None:
     """Teach torch's FlopCounterMode, in counters made from now on, what fastgpt's ops cost.
 
-    Importing fastgpt does it if torch.utils.flop_counter is loaded by then. It does not load it:
-    that module imports triton.
+    It happens by itself when torch.utils.flop_counter is imported, before or after fastgpt.
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -66,3 +70,34 @@ def register_flop_formulas() -> None:
         op = getattr(torch.ops.fastgpt, name)
         if op not in flop_registry:
             register_flop_formula(op)(formula)
+
+
+class _FlopCounterToCome(MetaPathFinder):
+    """Registers the formulas once torch's counter is imported, which fastgpt does not do for their
+    sake: it imports triton. A counter copies the formulas when it is made, so the first use of an
+    op would be too late."""
+
+    name = "torch.utils.flop_counter"
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def executed(module: ModuleType) -> None:
+                execute(module)
+                register_flop_formulas()
+
+            spec.loader.exec_module = executed  # type: ignore[method-assign]
+        return spec
+
+
+def teach_flop_counter() -> None:
+    """Register the formulas now if torch's counter is there, else when it comes."""
+    if _FlopCounterToCome.name in sys.modules:
+        register_flop_formulas()
+    elif not any(isinstance(finder, _FlopCounterToCome) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _FlopCounterToCome())

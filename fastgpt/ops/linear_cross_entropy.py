@@ -346,7 +346,7 @@ def linear_cross_entropy(
     check_how(op, target, label_smoothing, z_loss, softcap, reduction)
     check_range(op, target, len(weight), ignore_index)
     kernel = backend.kernel_chosen(op, x)
-    if torch._C._functorch.maybe_current_level() is not None:
+    if backend.transformed():
         return linear_cross_entropy_ref(
             x, weight, target, bias=bias, ignore_index=ignore_index, z_loss=z_loss,
             label_smoothing=label_smoothing, softcap=softcap, reduction=reduction,

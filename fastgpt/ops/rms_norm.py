@@ -228,7 +228,8 @@ def rms_norm(
             (rows, N)); drawn from torch's generator if None.
 
     Returns:
-        y: x's shape and dtype. With residual (y, h), h in residual's dtype.
+        y: x's shape and dtype. With residual (y, h), h in residual's dtype. Without residual, on
+        CUDA under autocast, y is float32, as torch's own is.
 
     Raises:
         ValueError: shapes or devices differ, x_bias or dropout_p without residual, or dropout_p
@@ -239,6 +240,8 @@ def rms_norm(
     eq. 4.
     """
     check_norm("rms_norm", x, weight, None, residual, dropout_p, seed, x_bias)
+    if residual is None:
+        x = backend.as_norms_under_autocast(x)
     if backend.kernel_chosen("rms_norm", x, norm_obstacle(weight, residual, x_bias)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)

@@ -1,0 +1,179 @@
+"""Derivatives of every order and kind: they are right or refused, never silently absent.
+
+The plain path is PyTorch's own operators; the kernels' path is an autograd Function for each op,
+here on its registered op's plain implementation, in float64.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import functional_call, grad, jvp, vmap
+
+import fastgpt
+from fastgpt import GPT, GPTConfig, ops
+from tests.op_cases import CASES, NAMES, Case, Inputs, plain, registered
+
+every_op = pytest.mark.parametrize("case", CASES, ids=NAMES)
+Outputs = tuple[Tensor, ...]
+
+
+def specified(case: Case) -> Case:
+    """The case on what attention is specified to be: PyTorch's own has no second derivative on a
+    CPU."""
+    if case.op != "attention":
+        return case
+    options = case.call.keywords if isinstance(case.call, partial) else {}
+    return Case(case.name, partial(ops.attention_ref, **options), case.inputs, case.fixed)
+
+
+def summed(outputs: Outputs) -> tuple[Outputs, Outputs | None]:
+    """Each output's sum: the incoming gradient is one number, expanded."""
+    return tuple(y.sum() for y in outputs), None
+
+
+def constant(outputs: Outputs) -> tuple[Outputs, Outputs | None]:
+    return outputs, tuple(torch.cos(y.detach()) for y in outputs)
+
+
+def depending(outputs: Outputs) -> tuple[Outputs, Outputs | None]:
+    """An incoming gradient that depends on the inputs itself."""
+    return outputs, tuple(torch.cos(y) for y in outputs)
+
+
+def last_alone(outputs: Outputs) -> tuple[Outputs, Outputs | None]:
+    return (outputs[-1].square().sum(),), None
+
+
+def penalty(case: Case, x: Inputs, ask: Callable[..., Any]) -> tuple[Any, ...]:
+    """Gradients, and the gradients of the sum of their squares, as WGAN-GP's penalty takes them."""
+    leaves = case.wanted(x)
+    first = torch.autograd.grad(
+        *_arguments(ask(case.outputs(**x)), leaves), create_graph=True, allow_unused=True
+    )
+    total = sum((g.square().sum() for g in first if g is not None), torch.zeros(()))
+    if not total.requires_grad:
+        return (*first, *[None] * len(leaves))
+    return (*first, *torch.autograd.grad(total, leaves, allow_unused=True))
+
+
+def _arguments(asked: tuple[Outputs, Outputs | None], leaves: list[Tensor]) -> tuple[Any, ...]:
+    outputs, incoming = asked
+    return outputs, leaves, incoming
+
+
+@pytest.mark.parametrize("ask", [summed, constant, depending, last_alone])
+@every_op
+def test_second_derivatives_are_the_plain_paths(case: Case, ask: Callable[..., Any]) -> None:
+    x = case.leaves(dtype=torch.float64)
+    with plain():
+        want = penalty(specified(case), x, ask)
+    with registered():
+        got = penalty(case, x, ask)
+    for name, g, w in zip([*x, *x], got, want, strict=False):
+        zero = torch.zeros(())
+        g, w = (zero if t is None else t for t in (g, w))
+        scale = w.abs().max() + 1.0
+        assert ((g - w).abs().max() / scale) < 1e-7, name
+
+
+@every_op
+def test_gradients_check_against_differences(case: Case) -> None:
+    """And the gradients' own gradients, by finite differences alone."""
+    x = case.leaves(dtype=torch.float64)
+    names = [k for k, t in x.items() if t.requires_grad]
+
+    def f(*leaves: Tensor) -> Outputs:
+        return case.outputs(**(x | dict(zip(names, leaves, strict=True))))
+
+    leaves = tuple(x[name] for name in names)
+    with registered():
+        torch.autograd.gradcheck(f, leaves, fast_mode=True)
+        torch.autograd.gradgradcheck(f, leaves, fast_mode=True, atol=1e-4)
+
+
+# torch.func, on the plain path: on a GPU too, as backend says
+
+
+def loss_of(case: Case, x: Inputs) -> tuple[Callable[[Inputs], Tensor], Inputs]:
+    """A scalar of the inputs that take gradient, and those."""
+    rest = {name: t for name, t in x.items() if not t.requires_grad}
+
+    def loss(leaves: Inputs) -> Tensor:
+        return torch.stack([y.sin().sum() for y in case.outputs(**leaves, **rest)]).sum()
+
+    return loss, {name: t.detach() for name, t in x.items() if t.requires_grad}
+
+
+@every_op
+def test_grad_and_per_sample_gradients_are_autograds(case: Case) -> None:
+    x = case.leaves(dtype=torch.float64)
+    loss, leaves = loss_of(case, x)
+    samples = {name: t + torch.randn(3, *t.shape, dtype=t.dtype) for name, t in leaves.items()}
+    got = vmap(grad(loss), randomness="different")(samples)
+    for n in range(3):
+        one = {name: t[n].clone().requires_grad_() for name, t in samples.items()}
+        want = torch.autograd.grad(loss(one), list(one.values()))
+        alone = grad(loss)({name: t[n] for name, t in samples.items()})
+        for name, w in zip(one, want, strict=True):
+            torch.testing.assert_close(got[name][n], w)
+            torch.testing.assert_close(alone[name], w)
+
+
+@every_op
+def test_directional_derivatives_are_those_of_the_gradient_or_refused(case: Case) -> None:
+    """Forward mode, by torch.func and without it: PyTorch's fused attention has none."""
+    loss, leaves = loss_of(case, case.leaves(dtype=torch.float64))
+    direction = {name: torch.randn_like(t) for name, t in leaves.items()}
+    slopes = grad(loss)(leaves)
+    want = torch.stack([(slopes[name] * direction[name]).sum() for name in leaves]).sum()
+    try:
+        got: Tensor = jvp(loss, (leaves,), (direction,))[1]
+    except NotImplementedError:
+        assert case.name in ("attention", "attention documents")
+        return
+    torch.testing.assert_close(got, want)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(t, direction[name]) for name, t in leaves.items()}
+        torch.testing.assert_close(forward_ad.unpack_dual(loss(dual)).tangent, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["grad", "vmap", "forward mode"])
+def test_kernels_stand_aside(kind: str, device: str) -> None:
+    """A kernel would lose the derivative in silence: ffn saves nothing where none is asked for."""
+    x, w1, w2 = (torch.randn(s, device=device) for s in ((3, 16), (32, 16), (16, 32)))
+
+    def f(x: Tensor) -> Tensor:
+        return ops.ffn(x, w1, None, w2, None).sum()
+
+    f(x)
+    with forward_ad.dual_level():
+        transformed: dict[str, Callable[[], Any]] = {
+            "grad": lambda: grad(f)(x),
+            "vmap": lambda: vmap(f)(x),
+            "forward mode": lambda: f(forward_ad.make_dual(x, torch.ones_like(x))),
+        }
+        (choice,) = fastgpt.explain(transformed[kind])
+    assert choice.path == "reference" and "torch.func" in choice.why
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama"])
+def test_per_sample_gradients_of_a_model(variant: Any) -> None:
+    """As differential privacy takes them: one backward for all samples, against a loop."""
+    model = GPT(GPTConfig(8, 31, 1, 2, 16, variant=variant)).double()
+    parameters = dict(model.named_parameters())
+    x, y = torch.randint(31, (2, 3, 8))
+
+    def loss(p: Inputs, x: Tensor, y: Tensor) -> Tensor:
+        return functional_call(model, p, (x[None], y[None]))
+
+    got = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    for n in range(3):
+        want = torch.autograd.grad(model(x[n : n + 1], y[n : n + 1]), list(parameters.values()))
+        for name, w in zip(parameters, want, strict=True):
+            torch.testing.assert_close(got[name][n], w)

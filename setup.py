@@ -35,6 +35,7 @@ setup(
             *LAB,
             *HUGGINGFACE,
             "accelerate>=1.1",  # transformers' Trainer
+            "expecttest>=0.2",  # torch.testing._internal, whose samples the tests run
             "gguf>=0.19",  # GGUF files, and the test that loads one
             "hypothesis>=6.100",
             "liger-kernel>=0.8",  # a peer's kernels, for the lab

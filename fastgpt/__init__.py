@@ -1,6 +1,6 @@
 """fastgpt: fused Triton kernels that GPT models train and generate with."""
 
-from fastgpt import huggingface, ops, optim
+from fastgpt import functional, huggingface, ops, optim
 from fastgpt.generate import generate, stream
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.backend import explain, use
@@ -13,6 +13,7 @@ __all__ = [
     "GPT",
     "GPTConfig",
     "explain",
+    "functional",
     "generate",
     "huggingface",
     "ops",

@@ -317,7 +317,8 @@ def _check_devices(op: str, q: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be on q's device {q.device}; got {t.device}")
 
 
-def _obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float, x: Extras) -> str | None:
+def attention_obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float, x: Extras) -> str | None:
+    """What keeps the kernel from running, beside the device and dtype of q."""
     if scale <= 0.0:
         return f"the kernel takes a positive softmax_scale; got {scale}"
     if (stride := max(q.stride(1), k.stride(1), v.stride(1))) > MAX_ROW_STRIDE:
@@ -334,7 +335,7 @@ def _run(
     dropout_p: float, seed: Tensor | None, return_lse: bool, x: Extras,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Kernel or plain PyTorch -> o, lse; lse may be None unless return_lse."""
-    if backend.kernel_chosen(op, q, _obstacle(q, k, v, scale, x)):
+    if backend.kernel_chosen(op, q, attention_obstacle(q, k, v, scale, x)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(q.device)
         # A plain call passes none of them: what is not passed costs no time.

@@ -180,15 +180,22 @@ def test_attentions_are_weights() -> None:
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_gradient_checkpointing_changes_no_gradient(config: GPTConfig) -> None:
     ids, mask = prompts()
-    grads = []
+    grads, calls = [], []
     for on in (False, True):
         model = wrapped(replace(config, dropout=0.2)).train()
         if on:
             model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
+            checkpoint = model._gradient_checkpointing_func
+
+            def counted(*args: Any, f: Any = checkpoint) -> Any:
+                calls.append(args)
+                return f(*args)
+
+            model._gradient_checkpointing_func = counted
         torch.manual_seed(4)
         loss = model(ids, attention_mask=mask, labels=ids).loss
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert len(calls) == 2  # one a block
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -10,7 +10,9 @@ from tests.conftest import ROOT
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["layers", "training", "patch", "llama"])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=["layers", "training", "patch", "llama", "hugging face"]
+)
 def test_readme(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(block.strip().splitlines()) <= 13
     names: dict[str, Any] = {}

@@ -212,7 +212,23 @@ class CausalSelfAttention(nn.Module):
         H, kv = self.n_head, self.n_kv_head
         with made_again(x, again):
             qkv = self.c_attn(x).view(B, T, H + 2 * kv, C // H)
-        q, k, v = qkv.split([H, kv, kv], 2)  # (B, T, H, D), (B, T, Hkv, D) twice, views
+        p = self.dropout if self.training else 0.0
+        if turn is None and cache is None:
+            o = ops.attention_packed(qkv, H, dropout_p=p)
+        else:
+            q, k, v = qkv.split([H, kv, kv], 2)  # (B, T, H, D), (B, T, Hkv, D) twice, views
+            o = self._attend(q, k, v, p, cache, layer, turn)
+        o, end = o.reshape(B, T, C), self.c_proj
+        if apart and lends(end, nn.Linear):
+            return Branch(F.linear(o, end.weight), end.bias)
+        y: Tensor = end(o)
+        return Branch(y) if apart else y
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, p: float, cache: KVCache | None, layer: int,
+        turn: Turn | None,
+    ) -> Tensor:  # fmt: skip
+        """q (B, T, H, D) and k, v (B, T, Hkv, D) turned, k and v with those of the cache."""
         if turn is not None and self.q_norm is not None and self.k_norm is not None:
             q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
             q, k = ops.rotary(q, k, *turn, q_weight=q_weight, k_weight=k_weight, eps=eps or 0.0)
@@ -220,12 +236,7 @@ class CausalSelfAttention(nn.Module):
             q, k = ops.rotary(q, k, *turn)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, Tk, Hkv, D)
-        o = ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        o, end = o.reshape(B, T, C), self.c_proj
-        if apart and lends(end, nn.Linear):
-            return Branch(F.linear(o, end.weight), end.bias)
-        y: Tensor = end(o)
-        return Branch(y) if apart else y
+        return ops.attention(q, k, v, dropout_p=p)
 
 
 class MLP(nn.Module):

@@ -138,7 +138,7 @@ def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, nlse_ptr, ndelta_ptr, dk_ptr, dv_ptr, seed_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_db, stride_dt, stride_dh,
-    Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
+    Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, stride_out, threshold, keep_scale,
     inner, cap, slopes_ptr, stride_sb, stride_sh, bias_ptr, stride_bb, stride_bh, stride_bm,
     stride_bn, mask_ptr, mask_ends_ptr, ids_ptr, ids_ends_ptr, cu_q_ptr, cu_k_ptr, total,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
@@ -229,9 +229,8 @@ def _dkdv_kernel(
     mask = (start_n + in_n)[:, None] < Tk
     if PAD_D:
         mask &= offs_d[None, :] < D
-    stride_t = heads * D  # dk and dv are contiguous (B, Tk, Hkv, D)
-    out = out * stride_t + hk * D
-    ptrs = in_n[:, None] * stride_t + offs_d[None, :]
+    out = out * stride_out + hk * D  # dk and dv are (B * Tk, Hkv, D)
+    ptrs = in_n[:, None] * stride_out + offs_d[None, :]
     tl.store(dk_ptr + out + ptrs, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + out + ptrs, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=mask)
 
@@ -274,7 +273,7 @@ def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, nlse_ptr, ndelta_ptr, dq_ptr, seed_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_db, stride_dt, stride_dh,
-    Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, threshold, keep_scale,
+    Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, stride_out, threshold, keep_scale,
     inner, cap, slopes_ptr, stride_sb, stride_sh, bias_ptr, stride_bb, stride_bh, stride_bm,
     stride_bn, mask_ptr, mask_ends_ptr, ids_ptr, ids_ends_ptr, cu_q_ptr, cu_k_ptr, total,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
@@ -359,8 +358,7 @@ def _dq_kernel(
     mask = offs_m[:, None] < Tq
     if PAD_D:
         mask &= offs_d[None, :] < D
-    stride_t = H * D  # dq is contiguous (B, Tq, H, D)
-    ptrs = dq_ptr + out * stride_t + h * D + in_m[:, None] * stride_t + offs_d
+    ptrs = dq_ptr + out * stride_out + h * D + in_m[:, None] * stride_out + offs_d
     tl.store(ptrs, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
@@ -458,23 +456,29 @@ def attention_bwd(
     softcap: float = 0.0, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
     key_mask: Tensor | None = None, document_ids: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0, bias_grad: bool = False,
+    max_seqlen_k: int = 0, bias_grad: bool = False, packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of o and lse, either of them possibly None -> dq, dk, dv, dbias, contiguous.
 
-    dbias is empty unless bias_grad.
+    dbias is empty unless bias_grad. If packed, dq, dk and dv are parts of one tensor,
+    (B, T, H + 2 Hkv, D), which comes in the place of dq, and nothing in those of the others.
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
     B, Tq, H, D = q.shape
     heads = k.shape[2]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if packed:
+        whole = torch.empty((B, Tq, H + 2 * heads, D), dtype=q.dtype, device=q.device)
+        dq, dk, dv = whole.split([H, heads, heads], 2)
+    else:
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     like = q if bias is None else bias
     shape = like.shape if bias_grad else (0,)
     dbias = torch.empty(shape, dtype=like.dtype, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
+        dq, dk, dv, dbias = dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
+        return (whole, *_nothing(q), dbias) if packed else (dq, dk, dv, dbias)
     nlse, ndelta = torch.empty_like(lse), torch.empty_like(lse)
     block_d = padded_head_dim(D)
     has_do = do is not None
@@ -500,15 +504,17 @@ def attention_bwd(
         q_in, do_in, tma = _loaded(tile, tile.block_m, q, do, common)
         tile = tile if tma else by_pointers(tile, block_d, accumulators=2)
         _dkdv_kernel[(cdiv(longest_k, tile.block_n) * many * heads,)](
-            q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *numbers, scale, *common.rest, TMA=tma,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags, **tile.options,
+            q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *numbers, scale, dk.stride(1),
+            *common.rest, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags,
+            **tile.options,
         )  # fmt: skip
         tile = tiles.dq
         k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
         tile = tile if tma else by_pointers(tile)
         _dq_kernel[(cdiv(longest_q, tile.block_m) * many * H,)](
-            q, k_in, v_in, do, nlse, ndelta, dq, seed, *numbers, scale, *common.rest, TMA=tma,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags, **tile.options,
+            q, k_in, v_in, do, nlse, ndelta, dq, seed, *numbers, scale, dq.stride(1),
+            *common.rest, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags,
+            **tile.options,
         )  # fmt: skip
         if bias_grad:
             tile = dbias_tile(q.dtype, block_d)
@@ -520,4 +526,8 @@ def attention_bwd(
                 H // bias_heads, bias_heads, ALL_M=rows < Tq, BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n, **common.flags, **tile.options,
             )  # fmt: skip
-    return dq, dk, dv, dbias
+    return (whole, *_nothing(q), dbias) if packed else (dq, dk, dv, dbias)
+
+
+def _nothing(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(0), q.new_empty(0)

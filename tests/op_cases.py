@@ -147,6 +147,11 @@ CASES = [
     Case("attention bias, mask, softcap", partial(ops.attention, softcap=5.0), _scored, SLOPES),
     Case("attention documents", partial(ops.attention, causal=False), _documents),
     Case("attention dropout", partial(ops.attention, dropout_p=0.3), _seeded(_qkv)),
+    Case(
+        "attention packed",
+        partial(ops.attention_packed, n_head=2),
+        lambda n: {"qkv": torch.randn(2, n, 4, 8)},
+    ),
     Case("attention_varlen", _packed_attention, _packed),
     Case("layer_norm", ops.layer_norm, lambda n: _norm(n, "bias")),
     Case(

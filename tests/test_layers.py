@@ -97,17 +97,18 @@ def test_attention_is_the_formula() -> None:
 
 def test_attention_reads_the_packed_projection_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    attention = ops.attention
+    attention = ops.attention_packed
 
-    def spy(*args: torch.Tensor, **kwargs: float) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        seen.extend(args)
-        return attention(*args, **kwargs)  # type: ignore[arg-type]
+    def spy(qkv: torch.Tensor, n_head: int, dropout_p: float) -> torch.Tensor:
+        seen.append(qkv)
+        return attention(qkv, n_head, dropout_p=dropout_p)
 
-    monkeypatch.setattr(ops, "attention", spy)
-    CausalSelfAttention(32, 2)(torch.randn(2, 5, 32))
-    assert len(seen) == 3
-    assert len({t.untyped_storage().data_ptr() for t in seen}) == 1
-    assert all(t.shape == (2, 5, 2, 16) and t.stride() == (480, 96, 16, 1) for t in seen)
+    monkeypatch.setattr(ops, "attention_packed", spy)
+    attn = CausalSelfAttention(32, 2)
+    attn.c_attn.register_forward_hook(lambda module, args, y: seen.append(y))
+    attn(torch.randn(2, 5, 32))
+    made, qkv = seen
+    assert qkv.shape == (2, 5, 6, 16) and qkv.data_ptr() == made.data_ptr()
 
 
 def test_attention_rejects_heads_that_do_not_divide_the_width() -> None:

@@ -3,6 +3,7 @@
 from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
 from fastgpt.ops.attention import (
     attention,
+    attention_packed,
     attention_ref,
     attention_varlen,
     attention_varlen_ref,
@@ -24,6 +25,7 @@ __all__ = [
     "adamw",
     "adamw_ref",
     "attention",
+    "attention_packed",
     "attention_ref",
     "attention_varlen",
     "attention_varlen_ref",

@@ -88,7 +88,7 @@ forward_op = define(
 backward_op = define(
     "attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     f" float scale, int left, int right, float dropout_p, Tensor? seed, {_EXTRAS},"
-    " bool bias_grad=False) -> (Tensor, Tensor, Tensor, Tensor)"
+    " bool bias_grad=False, bool packed=False) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -122,9 +122,10 @@ def _attention_bwd(
     softcap: float = 0.0, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
     key_mask: Tensor | None = None, document_ids: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0, bias_grad: bool = False,
+    max_seqlen_k: int = 0, bias_grad: bool = False, packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dq, dk, dv, dbias (empty unless bias_grad)."""
+    """-> dq, dk, dv, dbias (empty unless bias_grad); if packed, the first three as one in the place
+    of dq, and the others empty."""
     extras = Extras(
         softcap, alibi_slopes, bias, key_mask, document_ids, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k,
@@ -133,9 +134,12 @@ def _attention_bwd(
         from fastgpt.kernels.attention_bwd import attention_bwd
 
         return attention_bwd(
-            do, dlse, q, k, v, o, lse, scale, left, right, dropout_p, seed, *extras, bias_grad
-        )
+            do, dlse, q, k, v, o, lse, scale, left, right, dropout_p, seed, *extras, bias_grad,
+            packed,
+        )  # fmt: skip
     grads = reference_bwd(do, dlse, q, k, v, lse, scale, left, right, dropout_p, seed, extras)
+    if packed:
+        grads = torch.cat(grads[:3], 2), q.new_empty(0), q.new_empty(0), grads[3]
     return grads if bias_grad else (*grads[:3], (q if bias is None else bias).new_empty(0))
 
 
@@ -146,10 +150,14 @@ def _(
     softcap: float = 0.0, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
     key_mask: Tensor | None = None, document_ids: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0, bias_grad: bool = False,
+    max_seqlen_k: int = 0, bias_grad: bool = False, packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = q if bias is None else bias
     dbias = like.new_empty(like.shape if bias_grad else 0)
+    if packed:
+        B, T, H, D = q.shape
+        dqkv = q.new_empty((B, T, H + 2 * k.shape[2], D))
+        return dqkv, q.new_empty(0), q.new_empty(0), dbias
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
@@ -200,15 +208,27 @@ def _(
     return _flops(q, k, left, right, 5, extras)
 
 
+def unpacked(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, H + 2 Hkv, D) -> q, k, v, views."""
+    heads = (qkv.shape[2] - n_head) // 2
+    q, k, v = qkv.split([n_head, heads, heads], 2)
+    return q, k, v
+
+
 class AttentionFunction(torch.autograd.Function):
-    """(q, k, v, ..., extras) -> (o, lse); both carry gradient, as does the bias of the extras."""
+    """(q, k, v, ..., extras) -> (o, lse); both carry gradient, as does the bias of the extras.
+
+    (qkv, n_head, None, ...) is the same of one packed tensor, with one packed gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int,
-        dropout_p: float, seed: Tensor | None, *extras: Any,
+        ctx: Any, q: Tensor, k: Tensor | int | None, v: Tensor | None, scale: float, left: int,
+        right: int, dropout_p: float, seed: Tensor | None, *extras: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        o, lse = forward_op(q, k, v, scale, left, right, dropout_p, seed, *extras)
+        ctx.n_head, k = (k, None) if isinstance(k, int) else (None, k)
+        parts = (q, k, v) if ctx.n_head is None else unpacked(q, ctx.n_head)
+        o, lse = forward_op(*parts, scale, left, right, dropout_p, seed, *extras)
         ctx.save_for_backward(q, k, v, o, lse, seed, *extras[1:7])
         ctx.set_materialize_grads(False)
         ctx.rest = (scale, left, right, dropout_p)
@@ -225,18 +245,25 @@ class AttentionFunction(torch.autograd.Function):
         scale, left, right, dropout_p = ctx.rest
         x = Extras(*ctx.sizes[:1], *tensors, *ctx.sizes[1:])
         bias_grad = len(needs) > BIAS and needs[BIAS]
+        n_head = ctx.n_head
         grads: tuple[Tensor | None, ...]
         if backend.double_backward():
+
+            def again(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+                parts = (q, k, v) if n_head is None else unpacked(q, n_head)
+                extras = x._replace(bias=bias)
+                return reference(*parts, scale, left, right, dropout_p, seed, extras)
+
             grads = backend.differentiable_grads(
-                lambda q, k, v, bias: reference(
-                    q, k, v, scale, left, right, dropout_p, seed, x._replace(bias=bias)
-                ),
-                (q, k, v, x.bias), (*needs[:3], bias_grad), (do, dlse),
-            )  # fmt: skip
+                again, (q, k, v, x.bias), (*needs[:3], bias_grad), (do, dlse)
+            )
         else:
-            grads = backward_op(do, dlse, q, k, v, o, lse, *ctx.rest, seed, *x, bias_grad)
+            parts = (q, k, v) if n_head is None else unpacked(q, n_head)
+            packed = n_head is not None
+            grads = backward_op(do, dlse, *parts, o, lse, *ctx.rest, seed, *x, bias_grad, packed)
+        first = grads[:3] if n_head is None else (grads[0], None, None)
         dbias = grads[3] if bias_grad else None
-        return (*grads[:3], *(dbias if n == BIAS else None for n in range(3, len(needs))))
+        return (*first, *(dbias if n == BIAS else None for n in range(3, len(needs))))
 
 
 def _said(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -332,9 +359,10 @@ def attention_obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float, x: Extras)
 
 def _run(
     op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: tuple[int, int],
-    dropout_p: float, seed: Tensor | None, return_lse: bool, x: Extras,
+    dropout_p: float, seed: Tensor | None, return_lse: bool, x: Extras, qkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Kernel or plain PyTorch -> o, lse; lse may be None unless return_lse."""
+    """Kernel or plain PyTorch -> o, lse; lse may be None unless return_lse. With qkv, q, k and v
+    are its views."""
     if backend.kernel_chosen(op, q, attention_obstacle(q, k, v, scale, x)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(q.device)
@@ -342,7 +370,8 @@ def _run(
         extras = x if x.softcap or any(t is not None for t in x[1:7]) else ()
         o: Tensor
         lse: Tensor
-        args = backend.traceable(q, k, v, scale, *bounds, dropout_p, seed, *extras)
+        inputs = (q, k, v) if qkv is None else (qkv, q.shape[2], None)
+        args = backend.traceable(*inputs, scale, *bounds, dropout_p, seed, *extras)
         o, lse = AttentionFunction.apply(*args)
         return o, lse
     return plain(q, k, v, scale, *bounds, dropout_p, seed, return_lse, x)
@@ -433,19 +462,72 @@ def attention(
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: q, k and v must agree in B and D; {_said(q, k, v)}")
     q, k, v = backend.autocast(q, k, v)
-    _check("attention", q, k, v, window, softcap, alibi_slopes, q.shape[0])
-    _check_hiding(q, k, bias, key_mask, document_ids)
-    _check_devices(
-        "attention", q, alibi_slopes=alibi_slopes, bias=bias, key_mask=key_mask,
-        document_ids=document_ids,
-    )  # fmt: skip
-    check_dropout("attention", dropout_p, seed)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     extras = Extras(float(softcap or 0.0), alibi_slopes, bias, key_mask, document_ids)
-    o, lse = _run(
-        "attention", q, k, v, scale, bounds_of(causal, window), dropout_p, seed, return_lse, extras
-    )
+    o, lse = _attend(q, k, v, causal, softmax_scale, window, dropout_p, seed, return_lse, extras)
     return (o, lse) if return_lse and lse is not None else o
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None, window: int | None,
+    dropout_p: float, seed: Tensor | None, return_lse: bool, x: Extras, qkv: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What attention and attention_packed share: the checks beyond those of shape, and the run."""
+    op = "attention"
+    _check(op, q, k, v, window, x.softcap or None, x.alibi_slopes, q.shape[0])
+    _check_hiding(q, k, x.bias, x.key_mask, x.document_ids)
+    _check_devices(
+        op, q, alibi_slopes=x.alibi_slopes, bias=x.bias, key_mask=x.key_mask,
+        document_ids=x.document_ids,
+    )  # fmt: skip
+    check_dropout(op, dropout_p, seed)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    bounds = bounds_of(causal, window)
+    return _run(op, q, k, v, scale, bounds, dropout_p, seed, return_lse, x, qkv)
+
+
+def attention_packed(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`attention` of q, k and v that lie in one tensor, as one product makes them.
+
+    The same as of its views. But backward writes the gradient as one tensor too, where those of
+    three views would have to be put together.
+
+    Args:
+        qkv: (B, T, H + 2 Hkv, D): the heads of q, then those of k, then those of v.
+        n_head: H, a multiple of Hkv.
+        causal, softmax_scale, window, dropout_p, softcap, alibi_slopes, bias, key_mask,
+            document_ids, seed: as in `attention`.
+
+    Returns:
+        o: (B, T, H, D) of qkv's dtype.
+
+    Raises:
+        ValueError, TypeError: as `attention`; qkv's shape.
+    """
+    if qkv.ndim != 4 or not 0 < n_head < qkv.shape[2] or (qkv.shape[2] - n_head) % 2:
+        raise ValueError(
+            "attention_packed: qkv must be (B, T, H + 2 Hkv, D) with H = n_head;"
+            f" got qkv {tuple(qkv.shape)}, n_head {n_head}"
+        )
+    (qkv,) = backend.autocast(qkv)
+    extras = Extras(float(softcap or 0.0), alibi_slopes, bias, key_mask, document_ids)
+    o, _ = _attend(
+        *unpacked(qkv, n_head), causal, softmax_scale, window, dropout_p, seed, False, extras, qkv
+    )
+    return o
 
 
 @overload

@@ -202,7 +202,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "OPT": opt,
     "GPT-NeoX, Pythia": neox,
     "GPT-NeoX, sequential": partial(neox, use_parallel_residual=False),
-    "BERT": bert,
+    "BERT, RoBERTa, ELECTRA": bert,
     "Llama": llama,
 }
 

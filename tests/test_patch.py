@@ -21,7 +21,7 @@ OPS = {
     "OPT": {"layer_norm", "attention", "ffn", "linear_cross_entropy"},
     "GPT-NeoX, Pythia": {"layer_norm", "attention", "ffn", "linear_cross_entropy"},
     "GPT-NeoX, sequential": {"layer_norm", "attention", "ffn", "linear_cross_entropy"},
-    "BERT": {"layer_norm", "attention"},
+    "BERT, RoBERTa, ELECTRA": {"layer_norm", "attention", "ffn"},
     "Llama": {"rms_norm", "attention", "ffn", "linear_cross_entropy"},
 }
 
@@ -208,13 +208,49 @@ def test_autocast_gives_the_dtypes_of_torch() -> None:
     assert dtypes() == before
 
 
-@pytest.mark.parametrize("family", ["nanoGPT", "minGPT", "GPT-2", "BERT", "Llama"])
+@pytest.mark.parametrize(
+    "family", ["nanoGPT", "minGPT", "GPT-2", "BERT, RoBERTa, ELECTRA", "Llama"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits(family: str, dtype: torch.dtype) -> None:
     model = randomized(FAMILIES[family]()).to(dtype)
     gold, same = run(another(family, model).double()), run(model)
     patch(model)
     assert_same(run(model), same, gold, atol=2e-4)
+
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2,
+    "intermediate_size": 64, "max_position_embeddings": 32, "pad_token_id": 1, "bos_token_id": 0,
+    "eos_token_id": 0, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, ops",
+    [
+        ("mistral", {"rms_norm", "attention", "ffn", "linear_cross_entropy"}),
+        ("qwen3", {"rms_norm", "attention", "ffn", "linear_cross_entropy"}),
+        ("gemma", {"attention", "ffn", "linear_cross_entropy"}),  # its norms multiply by 1 + weight
+        ("phi", {"layer_norm", "attention", "ffn", "linear_cross_entropy"}),
+        ("starcoder2", {"layer_norm", "attention", "ffn", "linear_cross_entropy"}),
+        ("cohere", {"layer_norm", "attention", "ffn"}),  # scales its logits
+        ("gpt_neo", {"layer_norm", "ffn"}),  # attends in a way of its own
+    ],
+)
+def test_families_that_the_code_does_not_name(kind: str, ops: set[str]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    more = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4}
+    config = AutoConfig.for_model(kind, **SIZES, **(more if kind == "gpt_neo" else {}))
+    for name in vars(config):
+        if "drop" in name and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    model = randomized(AutoModelForCausalLM.from_config(config))
+    gold, same = run(copy.deepcopy(model).double()), run(model)
+    report = patch(model)
+    assert {choice.op for choice in explain(lambda: run(model))} == ops, report
+    assert_same(run(model), same, gold)
 
 
 def test_loss_head_keeps_what_trainers_ask_for() -> None:
@@ -257,7 +293,7 @@ def test_generation_is_the_same() -> None:
 
 
 def test_compiles_whole() -> None:
-    for family in ("nanoGPT", "minGPT", "GPT-2", "Llama", "BERT"):
+    for family in ("nanoGPT", "minGPT", "GPT-2", "Llama", "BERT, RoBERTa, ELECTRA"):
         model = FAMILIES[family]().eval()
         patch(model)
         torch._dynamo.reset()

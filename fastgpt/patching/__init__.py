@@ -14,6 +14,7 @@ from torch import nn
 
 from fastgpt import layers
 from fastgpt.patching.attention import recognise_attention
+from fastgpt.patching.chunk import recognise_chunk
 from fastgpt.patching.encoder import recognise_encoder, recognise_multihead
 from fastgpt.patching.feed_forward import activation_module, linear, recognise_feed_forward
 from fastgpt.patching.hugging_face import (
@@ -133,7 +134,7 @@ def _attentions(
         if why is None:
             switched.append(m)
         for part in m.modules():
-            if asks_interface(part) and found.get(part) is None:
+            if asks_interface(part) and not isinstance(found.get(part), Swap):
                 runs = 'attention, by attn_implementation="fastgpt"' if why is None else ""
                 says[part] = (runs, why or "")
     return switched, says
@@ -213,6 +214,7 @@ def _recognise(
             lambda m: recognise_attention(m),
             lambda m: recognise_feed_forward(m),
             lambda m: recognise_add_norm(m, norms),
+            lambda m: recognise_chunk(m, norms),
             lambda m: recognise_block(m, norms),
             lambda m: recognise_loss_head(m) if loss_head else None,
         ):

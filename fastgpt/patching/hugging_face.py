@@ -1,5 +1,6 @@
 """transformers' models: attn_implementation="fastgpt", and causal losses without logits."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,9 @@ from fastgpt.patching.feed_forward import linear
 from fastgpt.patching.swap import Patched, Swap, fusable, kind, obstacle, own_forward
 from fastgpt.patching.trace import parameters_of
 
-# Whose forward is: the base model, slice_logits_to_keep, lm_head, loss_function, and no more.
-MODELS = (
-    "GPT2LMHeadModel", "OPTForCausalLM", "GPTNeoXForCausalLM", "LlamaForCausalLM",
-    "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-)  # fmt: skip
-LOSS_OPTIONS = {"num_items_in_batch", "ignore_index", "shift_labels"}
+# Whose forward is: the base model, slice_logits_to_keep, lm_head, loss_function, and no more. That
+# of many others is the same to the letter, for transformers copies it.
+MODELS = ("GPT2LMHeadModel", "OPTForCausalLM", "GPTNeoXForCausalLM", "LlamaForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,37 @@ def _output(outputs: Any, loss: Any) -> Any:
     return made(loss=loss, **{name: getattr(outputs, name) for name in fields & set(dir(outputs))})
 
 
+def _same(f: Any, g: Any) -> bool:
+    """Whether two functions are one program, their docstrings aside."""
+    if not (hasattr(f, "__code__") and hasattr(g, "__code__")):
+        return False
+    a, b = f.__code__, g.__code__
+    consts = [[c for c in code.co_consts if not isinstance(c, str)] for code in (a, b)]
+    return a.co_code == b.co_code and consts[0] == consts[1] and _names(a) == _names(b)
+
+
+def _names(code: Any) -> list[str]:
+    """All that it names; the base model is known by another way than its attribute."""
+    names = [*code.co_names, *code.co_varnames]
+    return ["base" if name in ("model", "transformer", "gpt_neox") else name for name in names]
+
+
 def recognise_loss_head(module: nn.Module) -> Swap | str | None:
-    """A swap if module is one of MODELS; why not if it only looks like one; else None."""
+    """A swap if module's forward is that of one of MODELS; why not if it only looks like one; else
+    None."""
     head = module._modules.get("lm_head")
-    if head is None or not hasattr(module, "loss_function"):
+    if head is None or not pretrained(module):
         return None
-    name = kind(module).__name__
-    if name not in MODELS or not kind(module).__module__.startswith("transformers.models."):
-        return f"its loss is not known to be that of {', '.join(MODELS)}"
+    import transformers
+
+    if not any(
+        _same(own_forward(module), inspect.unwrap(getattr(transformers, name).forward))
+        for name in MODELS
+    ):
+        return f"its forward is none of {', '.join(MODELS)}"
     if not linear(head) or not hasattr(head, "out_features"):
         return "its lm_head is not nn.Linear"
     takes = tuple(p.name for p in parameters_of(module) if p.kind is p.POSITIONAL_OR_KEYWORD)
-    if "labels" not in takes or own_forward(module) is None:
-        return "its forward takes no labels"
     why = obstacle(*head.parameters())
     if why is not None:
         return why

@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ MORE = "fastgpt_more"  # an argument that nobody has, to see where **kwargs go
 class _Tracer(fx.Tracer):
     """Records calls of submodules, whatever is in them, and what happens between."""
 
-    def __init__(self, module: nn.Module, given: dict[str, Any], names: tuple[str, ...]) -> None:
+    def __init__(
+        self, module: nn.Module, given: dict[str, Any], names: tuple[str, ...], method: Any
+    ) -> None:
         super().__init__()
-        self.module, self.given, self.names = module, given, names
+        self.module, self.given, self.names, self.method = module, given, names, method
         self.paths = {id(m): name for name, m in module.named_modules()}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return self.method is None or not m._modules
 
     def path_of_module(self, mod: nn.Module) -> str:
         # A lambda that forward calls may hold on to the module's own layers, not the twin's.
@@ -32,7 +35,8 @@ class _Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         asked = {name: self.create_proxy("placeholder", name, (), {}) for name in self.names}
-        return lambda: own_forward(self.module)(self.root, **asked, **self.given), []
+        f = self.method or own_forward(self.module)
+        return lambda: f(self.root, **asked, **self.given), []
 
 
 def parameters_of(module: nn.Module) -> list[inspect.Parameter]:
@@ -109,10 +113,12 @@ def _forget_rows(graph: fx.Graph) -> None:
 
 
 def trace(
-    module: nn.Module, names: tuple[str, ...], given: dict[str, Any] | None = None
-) -> Steps | str:
+    module: nn.Module, names: tuple[str, ...], given: dict[str, Any] | None = None,
+    method: Callable[..., Any] | None = None,
+) -> Steps | str:  # fmt: skip
     """The steps of forward(names..., **given) in training mode, those whose result is not used left
-    out; or why it cannot be followed."""
+    out; or why it cannot be followed. Instead of forward another method can be followed, and then
+    into the submodules too."""
     twin = stand_in(module, lambda _, t: t)
     twin.training = True
     drops = {}
@@ -121,7 +127,7 @@ def trace(
             twin.__dict__[name] = p = (i + 1) / 1024
             drops[p] = name
     try:
-        graph = _Tracer(module, given or {}, names).trace(twin)
+        graph = _Tracer(module, given or {}, names, method).trace(twin)
     except Exception as error:  # forward is anybody's code, and may raise anything on a proxy
         return f"its forward cannot be followed ({type(error).__name__})"
     _forget_rows(graph)

@@ -149,7 +149,8 @@ def _parts(t, PARTS: tl.constexpr):
 def _up_kernel(
     x, w, v, b_ptr, c_ptr, pre_ptr, h_ptr, stride_x, stride_w, stride_v, M, N, K,
     ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr, HAS_B: tl.constexpr,
-    HAS_C: tl.constexpr, SAVE_PRE: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_C: tl.constexpr, SAVE_PRE: tl.constexpr, W_ROWS: tl.constexpr, LOADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """u = x w^T + b; if GATED z = x v^T + c; h = f(u) or f(u) z. x, w and v: see `product`."""
@@ -157,7 +158,7 @@ def _up_kernel(
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     u, z = product(
         x, w, v, block_m * BLOCK_M, block_n * BLOCK_N, stride_x, stride_w, stride_v, M, N, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, True, GATED, LOADS,
+        BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, GATED, LOADS,
     )  # fmt: skip
     us, zs = _parts(u, PARTS), _parts(z, PARTS)
     for part in tl.static_range(PARTS):
@@ -203,14 +204,14 @@ def _through(
 def _dh_kernel(
     dy, w, pre_ptr, dpre_ptr, h_ptr, part_ptr, stride_dy, stride_w, M, N, K,
     ACT: tl.constexpr, PTX: tl.constexpr, GATED: tl.constexpr, SAVE_H: tl.constexpr,
-    SUM: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    SUM: tl.constexpr, W_ROWS: tl.constexpr, LOADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     block_m, block_n = place(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     dh, _ = product(
         dy, w, w, block_m * BLOCK_M, block_n * BLOCK_N, stride_dy, stride_w, stride_w, M, N, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, False, False, LOADS,
+        BLOCK_M, BLOCK_N, BLOCK_K, W_ROWS, False, LOADS,
     )  # fmt: skip
     size = M.to(tl.int64) * N
     part_ptr += block_m.to(tl.int64) * N
@@ -279,6 +280,16 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and t.stride(0) < 1 << 22 else t.contiguous()
 
 
+def _transposed(w: Tensor) -> bool:
+    """Whether it lies in memory as its transpose, (in, out), as Hugging Face's GPT-2 keeps it."""
+    return w.stride(0) == 1 and w.stride(1) != 1
+
+
+def _grad(w: Tensor, d: Tensor, x: Tensor) -> Tensor:
+    """d^T x, in memory as w is: else whoever adds it to w's gradient would copy it first."""
+    return (x.T @ d).T if _transposed(w) else d.T @ x
+
+
 Weights = tuple[Tensor, ...]  # w1, or w_gate and w1: the one that f is applied to comes first
 Biases = tuple[Tensor | None, ...]
 
@@ -287,20 +298,21 @@ def _up_fused(
     x: Tensor, ws: Weights, bs: Biases, activation: str, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
     """-> pre (anything unless to be saved), h, from one pass over x."""
-    x, ws = _rows(x), tuple(_rows(w) for w in ws)
-    bs = tuple(None if b is None else b.contiguous() for b in bs)
     (M, K), N = x.shape, len(ws[0])
+    w_rows = len(ws) == 2 or not _transposed(ws[0])
+    x, ws = _rows(x), tuple(_rows(w if w_rows else w.T) for w in ws)
+    bs = tuple(None if b is None else b.contiguous() for b in bs)
     h = torch.empty((M, N), dtype=x.dtype, device=x.device)
     pre = torch.empty((len(ws), M, N), dtype=x.dtype, device=x.device) if save_pre else h
     how = how_to_load(x, *ws)
     tile = ffn_tile("up", len(ws) == 2, how)
-    x_, *ws_ = operands(how, tile, x, *ws, b_rows=True)
+    x_, *ws_ = operands(how, tile, x, *ws, b_rows=w_rows)
     _up_kernel[(cdiv(M, tile.block_m) * cdiv(N, tile.block_n),)](
         x_, ws_[0], ws_[-1], bs[0], bs[-1], pre, h, x.stride(0), ws[0].stride(0),
         ws[-1].stride(0), M, N, K, ACT=activation, PTX=has_ptx(),
         GATED=len(ws) == 2, HAS_B=bs[0] is not None, HAS_C=bs[-1] is not None, SAVE_PRE=save_pre,
-        LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP=8, PARTS=ffn_parts(tile, len(ws) == 2), **tile.options,
+        W_ROWS=w_rows, LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, GROUP=8, PARTS=ffn_parts(tile, len(ws) == 2), **tile.options,
     )  # fmt: skip
     return pre, h
 
@@ -330,18 +342,19 @@ def _dh_fused(
     dy: Tensor, w2: Tensor, pre: Tensor, h: Tensor, activation: str, save_h: bool, sum_: bool
 ) -> tuple[Tensor, Tensor]:
     """-> dpre like pre, partial sums of its columns (1 or 2, P, F); h is filled if save_h."""
-    dy, w2 = _rows(dy), _rows(w2)
     (M, K), N = dy.shape, w2.shape[1]
+    w_rows = _transposed(w2)
+    dy, w2 = _rows(dy), _rows(w2.T if w_rows else w2)
     dpre = torch.empty_like(pre)
     how = how_to_load(dy, w2)
     tile = ffn_tile("dh", len(pre) == 2, how)
     blocks_m = cdiv(M, tile.block_m)
     part = torch.empty((len(pre), blocks_m, N), dtype=torch.float32, device=dy.device)
     _dh_kernel[(blocks_m * cdiv(N, tile.block_n),)](
-        *operands(how, tile, dy, w2, b_rows=False), pre, dpre, h, part, dy.stride(0), w2.stride(0),
+        *operands(how, tile, dy, w2, b_rows=w_rows), pre, dpre, h, part, dy.stride(0), w2.stride(0),
         M, N, K, ACT=activation, PTX=has_ptx(), GATED=len(pre) == 2, SAVE_H=save_h,
-        SUM=sum_, LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP=8, PARTS=ffn_parts(tile, len(pre) == 2), **tile.options,
+        SUM=sum_, W_ROWS=w_rows, LOADS=how, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, GROUP=8, PARTS=ffn_parts(tile, len(pre) == 2), **tile.options,
     )  # fmt: skip
     return dpre, part
 
@@ -413,15 +426,15 @@ def ffn_bwd(
         if w_gate is not None:
             dx = torch.addmm(dx, dpre[1], w1)
     if needs[1]:
-        dw1 = dpre[-1].T @ x
-    if needs[5]:
-        dw_gate = dpre[0].T @ x
+        dw1 = _grad(w1, dpre[-1], x)
+    if needs[5] and w_gate is not None:
+        dw_gate = _grad(w_gate, dpre[0], x)
     if needs[2] or needs[6]:
         sums = column_sum(part, [w1.dtype] * len(part))
         db1 = sums[-1] if needs[2] else db1
         db_gate = sums[0] if needs[6] else db_gate
     if needs[3]:
-        dw2 = dy.T @ h
+        dw2 = _grad(w2, dy, h)
     if needs[4]:
         db2 = dy.sum(0)
     return dx, dw1, db1, dw2, db2, dw_gate, db_gate

@@ -105,10 +105,15 @@ def embedding(C: int, dtype: torch.dtype, ids: torch.dtype, wpe: bool, p: float)
 
 
 def ffn(
-    C: int, dtype: torch.dtype, activation: str, recompute: int, bias: bool, gated: bool
-) -> Launch:
+    C: int, dtype: torch.dtype, activation: str, recompute: int, bias: bool, gated: bool,
+    turned: bool = False,
+) -> Launch:  # fmt: skip
+    """turned: the weights lie in memory as (in, out)."""
+
     def launch() -> None:
         x, w1, w2 = (torch.empty(s, dtype=dtype) for s in ((256, C), (512, C), (C, 512)))
+        if turned:
+            w1, w2 = w1.view(C, 512).T, w2.view(512, C).T
         b1 = torch.empty(512, dtype=dtype) if bias else None
         v, c = (torch.empty_like(w1), b1) if gated else (None, None)
         y, pre, h = ffn_fwd(x, w1, b1, w2, None, v, c, activation, recompute < 2, recompute < 1)
@@ -211,6 +216,10 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
             )
         ),
         *(
+            ffn(C, dtype, "gelu_tanh", recompute, True, False, turned=True)
+            for C, dtype, recompute in itertools.product((768, 770, 1600), DTYPES, (0, 1))
+        ),
+        *(
             cross_entropy(V, dtype, options)
             for V, dtype, options in itertools.product(
                 (100, 32000, 50257, 50304, 131072), DTYPES, (True, False)
@@ -253,6 +262,7 @@ def test_every_kernel_compiles(target: str) -> None:
             adamw(torch.float32, low=torch.bfloat16),
             cross_entropy(50257, torch.bfloat16, False),
             ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False),
+            ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False, turned=True),
             ffn(768, torch.bfloat16, "silu", 2, False, True),
             ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", 1, True, False),
             rotary(64, 64, torch.bfloat16, True, False),

@@ -182,6 +182,32 @@ WAYS = {"descriptors": (True, True), "interleaved": (False, True), "pointers": (
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("how", ["descriptors", "pointers"])
+def test_weights_kept_as_in_by_out_are_read_in_place(
+    how: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers' Conv1D keeps them. The gradients lie in memory as they do."""
+    monkeypatch.setattr(product, "has_tma", lambda: how == "descriptors")
+    x = inputs(35, 40, 48, dtype=torch.float16, device=device)
+    assert_matches(kernel(), reference(), x | {n: x[n].T.contiguous().T for n in ("w1", "w2")})
+    leaves = {n: t.T.contiguous().requires_grad_() for n, t in x.items() if n in ("w1", "w2")}
+    views = {n: t.T for n, t in leaves.items()}
+    copied: list[tuple[int, ...]] = []
+    whole = Tensor.contiguous
+
+    def noted(t: Tensor) -> Tensor:
+        copied.append(tuple(t.shape))
+        return whole(t)
+
+    monkeypatch.setattr(Tensor, "contiguous", noted)
+    y = kernel()(**x | views)
+    grads = torch.autograd.grad(y.sum(), list(views.values()))
+    assert not {(48, 40), (40, 48)} & set(copied)
+    for g, view in zip(grads, views.values(), strict=True):
+        assert g.stride() == view.stride()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("how", WAYS)
 def test_every_way_to_load_gives_the_product(
     how: str, device: str, monkeypatch: pytest.MonkeyPatch
@@ -323,6 +349,9 @@ def test_opcheck(activation: str, recompute: int, gated: bool) -> None:
         torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (*rest, both))
     turned = x["x"].T.contiguous().T
     torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (rest[0], turned, *rest[2:], both))
+    w1, w2 = w1.T.contiguous().T, w2.T.contiguous().T
+    rest = (torch.randn_like(y), x["x"], w1, b1, w2, *gate, pre, h, activation)
+    torch.library.opcheck(torch.ops.fastgpt.ffn_bwd, (*rest, both))
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,23 @@ def _ffn_bwd(
         sum((d @ w for d, w in zip(dpre, ws, strict=True)), x.new_zeros(x.shape))
         if needs[0]
         else none,
-        dpre[-1].T @ x if needs[1] else none.clone(),
+        _grad(w1, dpre[-1], x) if needs[1] else none.clone(),
         dpre[-1].sum(0) if needs[2] else none.clone(),
-        dy.T @ act if needs[3] else none.clone(),
+        _grad(w2, dy, act) if needs[3] else none.clone(),
         dy.sum(0) if needs[4] else none.clone(),
-        dpre[0].T @ x if needs[5] else none.clone(),
+        _grad(ws[0], dpre[0], x) if needs[5] else none.clone(),
         dpre[0].sum(0) if needs[6] else none.clone(),
     )
+
+
+def _grad(w: Tensor, d: Tensor, x: Tensor) -> Tensor:
+    """d^T x, in memory as w is."""
+    return (x.T @ d).T if _transposed(w) else d.T @ x
+
+
+def _transposed(w: Tensor) -> bool:
+    """Whether it lies in memory as its transpose."""
+    return w.stride(0) == 1 and w.stride(1) != 1
 
 
 def _through(dact: Tensor, pre: Tensor, activation: str) -> Tensor:
@@ -143,9 +153,13 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     up, down = w1.shape, w2.shape
     shapes = (x.shape, up, up[:1], down, down[:1], up, up[:1])
+    laid = (None, w1, None, w2, None, w_gate, None)  # whose layout a gradient has
     return tuple(
-        x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)
-    )
+        x.new_empty(0) if not need
+        else x.new_empty(shape) if w is None or not _transposed(w)
+        else x.new_empty((shape[1], shape[0])).T
+        for shape, w, need in zip(shapes, laid, needs, strict=True)
+    )  # fmt: skip
 
 
 @flops("ffn_fwd")

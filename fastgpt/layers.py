@@ -65,9 +65,11 @@ def lends(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module's bias may be used, and its output be seen without it, outside.
 
     Not if it was wrapped or replaced, by FSDP for one, which takes the parameters away as soon as
-    the module is done; nor if a hook waits for its output.
+    the module is done, or by checkpointing, which sees no tensor inside of another thing; nor if a
+    hook waits for what goes in or comes out.
     """
-    return type(module) is kind and not (module._forward_hooks or module._backward_hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) is kind and "forward" not in vars(module) and not hooks
 
 
 def unchanged(kept: list[tuple[Tensor, int]]) -> None:

@@ -149,8 +149,10 @@ class GPT(nn.Module):
         turn = self._turn(start, T)
         branch: Tensor | Branch | None = None
         kernels = backend.kernels_run(h)
+        lend = [kernels and lends(block, Block) for block in self.h]
         for layer, block in enumerate(self.h):
-            branch, h = block(branch, h, cache, layer, turn, kernels and lends(block, Block))
+            apart = all(lend[layer : layer + 2])  # it gives, and the next takes
+            branch, h = block(branch, h, cache, layer, turn, apart)
         if cache is not None:
             cache.length += T
         y: Tensor

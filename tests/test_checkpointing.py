@@ -20,8 +20,9 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastgpt
 from fastgpt import GPT, GPTConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, launched
 from tests.op_cases import registered
 
 LAYERS, T = 2, 16
@@ -82,6 +83,27 @@ def test_gradients_keep_their_bits_and_attention_runs_as_often_as_asked(
         assert torch.equal(g, w)
     times = 1 if way == "selective" else 2
     assert counts[ATTENTION] == times * once[ATTENTION] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", list(WAYS))
+def test_attentions_kernel_is_launched_as_often_as_asked(way: str, device: str) -> None:
+    """On a device whose generator is its own, seeds are wound back with it."""
+    grads, launches = [], []
+    for of in (None, WAYS[way]):
+        torch.manual_seed(5)
+        model = GPT(GPTConfig(T, 31, LAYERS, 2, 32, dropout=0.2)).to(device)
+        if of is not None:
+            checkpointed(model, of)
+        x = torch.randint(31, (1, T), device=device)
+        before = launched["attention._fwd_kernel"]
+        with fastgpt.use("triton"):
+            model(x, x).backward()
+        launches.append(launched["attention._fwd_kernel"] - before)
+        grads.append([p.grad for p in model.parameters()])
+    assert launches == [LAYERS, LAYERS if way == "selective" else 2 * LAYERS]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two)  # a checkpointed block adds its bias elsewhere
 
 
 def test_the_counter_knows_every_product_of_a_step() -> None:

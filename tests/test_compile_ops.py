@@ -4,8 +4,10 @@ Each runs twice: in plain PyTorch, and on the way of its kernel, autograd Functi
 op, which is what is compiled on a GPU.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.export import Dim, export
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.layers import MLP, Block, CausalSelfAttention, GatedMLP, KVCache, LayerNorm, RMSNorm
 from tests.op_cases import CASES, PATHS, Case, registered
+from tests.test_checkpointing import WAYS, checkpointed
 
 Path = Callable[[], AbstractContextManager[None]]
 GPT2 = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
@@ -143,6 +146,34 @@ def test_decoding_is_compiled_twice_however_long_it_goes_on(config: GPTConfig, p
     assert graphs == 2 and caches[0].length == caches[1].length == 11
 
 
+@pytest.mark.parametrize("way", ["not reentrant", "selective"])
+def test_a_checkpointed_model_in_mixed_precision_is_one_graph(way: str) -> None:
+    model = GPT(GPT2)
+    checkpointed(model, WAYS[way])
+    x, y = torch.randint(31, (2, 2, 9))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with registered(), torch.autocast("cpu", torch.bfloat16):
+        for g, w in zip(steps(model, compiled, x, y), steps(model, model, x, y), strict=True):
+            torch.testing.assert_close(g, w, atol=2e-3, rtol=2e-2)  # casts meet in another order
+
+
+def test_an_optimizers_step_is_one_graph() -> None:
+    """The kernel's op, which writes lists of tensors in place; with the clipping in it."""
+    models, x = [GPT(GPTConfig(8, 31, 1, 2, 16))], torch.randint(31, (2, 8))
+    models.append(deepcopy(models[0]))
+    optimizers = [m.configure_optimizer(1e-2, max_grad_norm=1.0) for m in models]
+    compiled = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
+    recompiles = torch._dynamo.config.patch(error_on_recompile=False)  # the state is there, then
+    with registered(), recompiles:
+        for _ in range(3):
+            for model, make in zip(models, (optimizers[0].step, compiled), strict=True):
+                model.zero_grad()
+                model(x, x).backward()
+                make()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_inductors_training_step_is_the_eager_one() -> None:
     """Generated code for the CPU, where plain PyTorch is what is compiled."""
     model = GPT(GPTConfig(16, 31, n_layer=1, n_head=2, n_embd=16))
@@ -201,6 +232,15 @@ def test_a_model_exports_with_dynamic_batch_and_time(
         called = exports_whole(GPT(config).eval(), arguments)
     head = {"linear_cross_entropy_fwd"} if loss else set()
     assert called == head | (OF_A_MODEL[config.variant] if path is registered else set())
+
+
+def test_an_exported_model_is_saved_and_loaded() -> None:
+    model, x = GPT(GPT2).eval(), torch.randint(31, (2, 9))
+    file = io.BytesIO()
+    with registered():
+        torch.export.save(export(model, (x, x), strict=True), file)
+        file.seek(0)
+        assert torch.equal(torch.export.load(file).module()(x, x), model(x, x))
 
 
 LAYERS = [

@@ -64,31 +64,59 @@ class MultiheadAttention(nn.MultiheadAttention):
         if is_causal and key_padding_mask is None:
             attn_mask = None
         batched = query.ndim == 3
-        if not batched:
-            query, key, value = (t[None] for t in (query, key, value))
+        if batched and not self.batch_first:
+            query, key, value = _same(query, key, value, lambda t: t.transpose(0, 1))
+        elif not batched:
+            query, key, value = _same(query, key, value, lambda t: t[None])
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        q, k, v = self._projected(query, key, value)
-        if batched and not self.batch_first:
-            q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (B, T, C), views
-        k, v, extra = self._extended(k, v)
-        B, Tq, C = q.shape
-        H, D = self.num_heads, self.head_dim
-        q, k, v = (t.view(B, t.shape[1], H, D) for t in (q, k, v))
-        p = self.dropout if self.training else 0.0
-        square = is_causal and Tq == k.shape[1] and not extra
-        if square and key_padding_mask is not None and _both(key_padding_mask, D, p):
-            o = ops.attention(q, k, v, dropout_p=p, key_mask=~key_padding_mask)
+        if self._packs(query, key, value, key_padding_mask, attn_mask, is_causal):
+            o = self._packed(query, key_padding_mask, is_causal)
         else:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            mask = _merged(attn_mask, key_padding_mask, B, H, extra, q.dtype)
-            o = functional.scaled_dot_product_attention(
-                q, k, v, mask, p, is_causal and mask is None
-            ).transpose(1, 2)
-        o = o.reshape(B, Tq, C)  # free where the kernel ran
-        if batched and not self.batch_first:
-            o = o.transpose(0, 1)
-        out = self.out_proj(o)
+            o = self._attended(query, key, value, key_padding_mask, attn_mask, is_causal)
+        o = o.flatten(2)  # (B, Tq, C), a view where the kernel ran
+        out = self.out_proj(o.transpose(0, 1) if batched and not self.batch_first else o)
         return (out if batched else out[0]), None
+
+    def _packs(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None, is_causal: bool,
+    ) -> bool:  # fmt: skip
+        """Whether one product makes q, k and v, and no Tq x Tk mask is needed."""
+        return (
+            self._qkv_same_embed_dim
+            and query is key is value
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and (attn_mask is None or is_causal)
+            and (key_padding_mask is None or key_padding_mask.dtype == torch.bool)
+            and self.head_dim % 8 == 0
+            and self.head_dim <= MAX_HEAD_DIM
+            and self.dropout < 1.0
+        )
+
+    def _packed(self, x: Tensor, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Attention of x (B, T, C) to itself -> (B, T, H, D)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return ops.attention_packed(
+            qkv.unflatten(2, (3 * self.num_heads, self.head_dim)), self.num_heads,
+            causal=is_causal, dropout_p=self.dropout if self.training else 0.0,
+            key_mask=None if key_padding_mask is None else ~key_padding_mask,
+        )  # fmt: skip
+
+    def _attended(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None, is_causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """Attention of (B, T, C) each -> (B, Tq, H, D)."""
+        q, k, v = self._projected(query, key, value)
+        k, v, extra = self._extended(k, v)
+        H = self.num_heads
+        q, k, v = (t.unflatten(2, (H, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        mask = _merged(attn_mask, key_padding_mask, q.shape[0], H, extra, q.dtype)
+        o = functional.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal and mask is None
+        )
+        return o.transpose(1, 2)
 
     def _obstacle(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
@@ -154,9 +182,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         return k, v, k.shape[1] - before
 
 
-def _both(key_padding_mask: Tensor, D: int, p: float) -> bool:
-    """Whether ops.attention takes a causal mask and this one, with no Tq x Tk matrix of the two."""
-    return key_padding_mask.dtype == torch.bool and D % 8 == 0 and D <= MAX_HEAD_DIM and p < 1.0
+def _same(
+    query: Tensor, key: Tensor, value: Tensor, f: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f of all three; what is one tensor stays one."""
+    q = f(query)
+    k = q if key is query else f(key)
+    return q, k, (k if value is key else f(value))
 
 
 def _merged(

@@ -6,22 +6,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fastgpt.functional.choice import TORCHS, chosen
 from fastgpt.ops import backend
 from fastgpt.ops.layer_norm import LayerNormFunction
 from fastgpt.ops.rms_norm import RMSNormFunction
 
+# Which of torch's norms autocast on a GPU gives float32; rms_norm since 2.12.
+WIDENED = {"layer_norm": True, "rms_norm": TorchVersion(torch.__version__) >= "2.12"}
 
-def _widened(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """x and the others as a norm takes them under autocast, which on a GPU has them in float32."""
-    if not x.is_cuda or not torch.is_autocast_enabled("cuda"):
-        return x, *others
-    return tuple(t if t is None else t.to(torch.float32) for t in (x, *others))
+
+def _widened(op: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as torch's op takes them under autocast."""
+    if not WIDENED[op] or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    return tuple(
+        t.float() if t is not None and t.is_cuda and t.dtype in backend.KERNEL_DTYPES else t
+        for t in tensors
+    )
 
 
 def _rule(*args: Any) -> str | None:
-    *tensors, normalized_shape = args
+    *tensors, op, normalized_shape = args
     x = tensors[0]
     if not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
         return TORCHS
@@ -32,9 +39,8 @@ def _rule(*args: Any) -> str | None:
         return TORCHS
     if x.numel() == 0:
         return "the kernel takes no empty rows"
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        return None
-    for t in tensors[1:]:
+    x, *tensors = _widened(op, *tensors)
+    for t in tensors:
         if t is not None and t.dtype != x.dtype:
             return f"torch decides on a mix of dtypes; got {x.dtype} and {t.dtype}"
     return None
@@ -60,10 +66,10 @@ def layer_norm(
     Returns:
         y: input's shape and dtype.
     """
-    if not chosen("layer_norm", (input, weight, bias), _rule, normalized_shape):
+    if not chosen("layer_norm", (input, weight, bias), _rule, "layer_norm", normalized_shape):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     n = len(normalized_shape)
-    x, w, b = _widened(input, weight, bias)
+    x, w, b = _widened("layer_norm", input, weight, bias)
     w = x.new_ones(tuple(normalized_shape)) if w is None else w
     b = None if b is None else b.flatten()
     args = backend.traceable(x.flatten(-n), None, w.flatten(), b, eps, 0.0, None)
@@ -87,10 +93,10 @@ def rms_norm(
     Returns:
         y: input's shape and dtype.
     """
-    if not chosen("rms_norm", (input, weight), _rule, normalized_shape):
+    if not chosen("rms_norm", (input, weight), _rule, "rms_norm", normalized_shape):
         return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
     n = len(normalized_shape)
-    x, w = _widened(input, weight)
+    x, w = _widened("rms_norm", input, weight)
     w = x.new_ones(tuple(normalized_shape)) if w is None else w
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     args = backend.traceable(x.flatten(-n), None, w.flatten(), eps, 0.0, None)

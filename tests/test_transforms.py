@@ -4,8 +4,8 @@ The plain path is PyTorch's own operators; the kernels' path is an autograd Func
 here on its registered op's plain implementation, in float64.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,22 +13,21 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
 from fastgpt import GPT, GPTConfig, ops
-from tests.op_cases import CASES, NAMES, Case, Inputs, plain, registered
+from tests.op_cases import CASES, NAMES, Case, Inputs, registered
 
 every_op = pytest.mark.parametrize("case", CASES, ids=NAMES)
 Outputs = tuple[Tensor, ...]
 
 
-def specified(case: Case) -> Case:
-    """The case on what attention is specified to be: PyTorch's own has no second derivative on a
-    CPU."""
-    if case.op != "attention":
-        return case
-    options = case.call.keywords if isinstance(case.call, partial) else {}
-    return Case(case.name, partial(ops.attention_ref, **options), case.inputs, case.fixed)
+@contextmanager
+def plain() -> Iterator[None]:
+    """PyTorch's operators, attention unfused: fused, it has these derivatives not on a CPU."""
+    with ops.use("reference"), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def summed(outputs: Outputs) -> tuple[Outputs, Outputs | None]:
@@ -71,7 +70,7 @@ def _arguments(asked: tuple[Outputs, Outputs | None], leaves: list[Tensor]) -> t
 def test_second_derivatives_are_the_plain_paths(case: Case, ask: Callable[..., Any]) -> None:
     x = case.leaves(dtype=torch.float64)
     with plain():
-        want = penalty(specified(case), x, ask)
+        want = penalty(case, x, ask)
     with registered():
         got = penalty(case, x, ask)
     for name, g, w in zip([*x, *x], got, want, strict=False):
@@ -125,19 +124,16 @@ def test_grad_and_per_sample_gradients_are_autograds(case: Case) -> None:
 
 
 @every_op
-def test_directional_derivatives_are_those_of_the_gradient_or_refused(case: Case) -> None:
-    """Forward mode, by torch.func and without it: PyTorch's fused attention has none."""
+def test_directional_derivatives_are_those_of_the_gradient(case: Case) -> None:
+    """Forward mode, by torch.func and without it."""
     loss, leaves = loss_of(case, case.leaves(dtype=torch.float64))
     direction = {name: torch.randn_like(t) for name, t in leaves.items()}
-    slopes = grad(loss)(leaves)
-    want = torch.stack([(slopes[name] * direction[name]).sum() for name in leaves]).sum()
-    try:
+    with plain():
+        slopes = grad(loss)(leaves)
+        want = torch.stack([(slopes[name] * direction[name]).sum() for name in leaves]).sum()
         got: Tensor = jvp(loss, (leaves,), (direction,))[1]
-    except NotImplementedError:
-        assert case.name in ("attention", "attention documents")
-        return
-    torch.testing.assert_close(got, want)
-    with forward_ad.dual_level():
+        torch.testing.assert_close(got, want)
+    with plain(), forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(t, direction[name]) for name, t in leaves.items()}
         torch.testing.assert_close(forward_ad.unpack_dual(loss(dual)).tangent, want)
 

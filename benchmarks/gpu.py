@@ -35,6 +35,7 @@ from benchmarks import (
 )
 from benchmarks.harness import Case, disagreement, host_seconds, seconds
 from benchmarks.static.step import Plain, hugging_face
+from fastgpt import patch
 from fastgpt.lab.files import write_whole
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import AdamW
@@ -155,16 +156,27 @@ def time_step(provider: str, make: Callable[[], nn.Module], how: str, B: int, T:
     return StepTime(name, statistics.median(times), B * T, peak, kernels, busy)
 
 
+def patched(make: Callable[[], nn.Module]) -> nn.Module:
+    model = make().to("cuda", torch.bfloat16).train()
+    patch(model)
+    return model
+
+
 def steps(B: int, T: int) -> Iterator[StepTime]:
     """GPT-2 small: ours, as nanoGPT writes it, and Hugging Face's."""
     shape = (12, 12, 768, 50257, T)
     ours = partial(GPT, GPTConfig(T, 50257, 12, 12, 768))
     for how in ("captured", "eager"):
         yield time_step("fastgpt", ours, how, B, T)
-    for how in ("captured", "compiled", "eager"):
-        yield time_step("nanoGPT-like", partial(Plain, *shape), how, B, T)
+    for vocabulary in (50304, 50257):  # nanoGPT's, padded to a multiple of 64, and GPT-2's
+        plain = partial(Plain, 12, 12, 768, vocabulary, T)
+        for how in ("captured", "compiled", "eager"):
+            yield time_step(f"nanoGPT-like, {vocabulary} ids", plain, how, B, T)
     if find_spec("transformers"):
-        yield time_step("Hugging Face", partial(hugging_face, *shape), "eager", B, T)
+        theirs = partial(hugging_face, *shape)
+        yield time_step("Hugging Face, fastgpt.patch", partial(patched, theirs), "captured", B, T)
+        yield time_step("Hugging Face, fastgpt.patch", partial(patched, theirs), "eager", B, T)
+        yield time_step("Hugging Face", theirs, "eager", B, T)
 
 
 def kernel_table(rows: list[Measured]) -> Iterator[str]:

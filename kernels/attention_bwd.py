@@ -8,7 +8,7 @@ p = 2^(scale' s - log2(e) lse) made again from q, k and lse:
 
 Each of dk, dv and dq has one owner, which sums in a fixed order: no atomics, the same bits each
 time. A kv head's owner also sums over the query heads that share it. What each query adds,
--log2(e) lse and -delta, is made once, by the kernel of delta.
+-log2(e) lse and -delta, is made once, by the kernel of dq, which runs first.
 
 Where the scores are changed first, ds is the gradient of the logits: with softcap, dk and dq get
 (1 - tanh^2) ds. A bias gets ds itself, summed over what it is broadcast along: a tile of dbias has
@@ -53,40 +53,24 @@ from fastgpt.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["Tq"])
-def _delta_kernel(
-    do_ptr, o_ptr, lse_ptr, dlse_ptr, nlse_ptr, ndelta_ptr,
-    stride_db, stride_dt, stride_dh, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
-    stride_lt, Tq, H, D,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr, HAS_DO: tl.constexpr,
-    HAS_DLSE: tl.constexpr, HAS_BIAS: tl.constexpr, TRUNCATE: tl.constexpr,
+@triton.jit
+def _delta(
+    do, o_ptr, lse_ptr, dlse_ptr, stride_ot, stride_lt, in_m, offs_d, rows, D,
+    PAD_D: tl.constexpr, HAS_DO: tl.constexpr, HAS_BIAS: tl.constexpr, TRUNCATE: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(Tq, BLOCK_M)
-    bh = tl.program_id(0) // blocks
-    start_m = tl.program_id(0) % blocks * BLOCK_M
-    b = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
-    in_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_m = start_m + in_m
-    delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+    """-log2(e) lse and -delta of a block of queries, of which rows are there."""
+    ndelta = tl.zeros([in_m.shape[0]], dtype=tl.float32)
     if HAS_DO:
-        do_ptr += b * stride_db + h * stride_dh + start_m.to(tl.int64) * stride_dt
-        o_ptr += b * stride_ob + h * stride_oh + start_m.to(tl.int64) * stride_ot
-        do = _tile(do_ptr, stride_dt, in_m, offs_d, Tq - start_m, D, True, PAD_D)
-        o = _tile(o_ptr, stride_ot, in_m, offs_d, Tq - start_m, D, True, PAD_D)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    if HAS_DLSE:
-        dlse_ptr += b * stride_lb + h * stride_lh + start_m.to(tl.int64) * stride_lt
-        delta -= tl.load(dlse_ptr + in_m * stride_lt, mask=offs_m < Tq, other=0.0)
-    row = bh.to(tl.int64) * Tq
-    nlse = tl.load(lse_ptr + row + offs_m, mask=offs_m < Tq, other=0.0) * -LOG2E
+        o = _tile(o_ptr, stride_ot, in_m, offs_d, rows, D, True, PAD_D)
+        ndelta -= tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        ndelta += tl.load(dlse_ptr + in_m * stride_lt, mask=in_m < rows, other=0.0)
+    nlse = tl.load(lse_ptr + in_m, mask=in_m < rows, other=0.0) * -LOG2E
     if HAS_BIAS:  # a bias of -inf may hide every key: -inf - -inf would be NaN
         nlse = tl.where(nlse == float("inf"), 0.0, nlse)
     if TRUNCATE:
         nlse += DROPPED
-    tl.store(nlse_ptr + row + offs_m, nlse, mask=offs_m < Tq)
-    tl.store(ndelta_ptr + row + offs_m, -delta, mask=offs_m < Tq)
+    return nlse, ndelta
 
 
 @triton.jit
@@ -270,7 +254,8 @@ def _dq_block(
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "left", "right", "threshold", "total"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, nlse_ptr, ndelta_ptr, dq_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, lse_ptr, dlse_ptr, nlse_ptr, ndelta_ptr, dq_ptr, seed_ptr,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_lt,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_db, stride_dt, stride_dh,
     Tq, Tk, H, groups, D, left, right, qk_scale, softmax_scale, stride_out, threshold, keep_scale,
@@ -278,6 +263,7 @@ def _dq_kernel(
     stride_bn, mask_ptr, mask_ends_ptr, ids_ptr, ids_ends_ptr, cu_q_ptr, cu_k_ptr, total,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PAD_D: tl.constexpr,
     DROPOUT: tl.constexpr, TRUNCATE: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    HAS_DO: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -286,6 +272,9 @@ def _dq_kernel(
     h = (bh % H).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh + start_m.to(tl.int64) * stride_qt
     do_ptr += b * stride_db + h * stride_dh + start_m.to(tl.int64) * stride_dt
+    o_ptr += b * stride_ob + h * stride_oh + start_m.to(tl.int64) * stride_ot
+    if dlse_ptr is not None:
+        dlse_ptr += b * stride_lb + h * stride_lh + start_m.to(tl.int64) * stride_lt
     b32, hk = b.to(tl.int32), (h // groups).to(tl.int32)
     if not TMA:
         k_ptr += b * stride_kb + h // groups * stride_kh
@@ -297,6 +286,9 @@ def _dq_kernel(
         k_start, Tk = _sequence(cu_k_ptr, b)
         q_ptr += q_start * stride_qt
         do_ptr += q_start * stride_dt
+        o_ptr += q_start * stride_ot
+        if dlse_ptr is not None:
+            dlse_ptr += q_start * stride_lt
         k_ptr += k_start * stride_kt
         v_ptr += k_start * stride_vt
         row = h * total + q_start
@@ -317,8 +309,12 @@ def _dq_kernel(
     t_m = offs_m + (Tk - Tq)
     q = _tile(q_ptr, stride_qt, in_m, offs_d, Tq - start_m, D, True, PAD_D)
     do = _tile(do_ptr, stride_dt, in_m, offs_d, Tq - start_m, D, True, PAD_D)
-    nlse = tl.load(nlse_ptr + row + offs_m, mask=offs_m < Tq, other=0.0)
-    ndelta = tl.load(ndelta_ptr + row + offs_m, mask=offs_m < Tq, other=0.0)
+    nlse, ndelta = _delta(
+        do, o_ptr, lse_ptr + row + start_m, dlse_ptr, stride_ot, stride_lt, in_m, offs_d,
+        Tq - start_m, D, PAD_D, HAS_DO, bias_ptr is not None, TRUNCATE,
+    )  # fmt: skip
+    tl.store(nlse_ptr + row + offs_m, nlse, mask=offs_m < Tq)
+    tl.store(ndelta_ptr + row + offs_m, ndelta, mask=offs_m < Tq)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
@@ -492,27 +488,23 @@ def attention_bwd(
         tiles = attention_tiles(q.dtype, block_d, dropout_p > 0.0, common.extras)
         longest_q, longest_k, *_ = common.sizes
         numbers = (*strides, *common.sizes, *common.bounds)
-        _delta_kernel[(cdiv(Tq, tiles.delta.block_m) * B * H,)](
-            do, o, lse, dlse, nlse, ndelta,
-            *do.stride()[:3], *o.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
-            Tq, H, D, BLOCK_M=tiles.delta.block_m, BLOCK_D=block_d, PAD_D=block_d != D,
-            HAS_DO=has_do, HAS_DLSE=dlse is not None, HAS_BIAS=bias is not None,
-            TRUNCATE=common.flags["TRUNCATE"], **tiles.delta.options,
-        )  # fmt: skip
+        of_dlse: tuple[int | None, ...] = (None,) * 3
+        if dlse is not None:
+            of_dlse = (dlse.stride(0) if cu_seqlens_q is None else 0, *dlse.stride()[1:])
         many = B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+        tile = tiles.dq
+        k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
+        tile = tile if tma else by_pointers(tile)
+        _dq_kernel[(cdiv(longest_q, tile.block_m) * many * H,)](
+            q, k_in, v_in, do, o, lse, dlse, nlse, ndelta, dq, seed, *_strides(o, cu_seqlens_q),
+            *of_dlse, *numbers, scale, dq.stride(1), *common.rest, TMA=tma, HAS_DO=has_do,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags, **tile.options,
+        )  # fmt: skip
         tile = tiles.dkdv
         q_in, do_in, tma = _loaded(tile, tile.block_m, q, do, common)
         tile = tile if tma else by_pointers(tile, block_d, accumulators=2)
         _dkdv_kernel[(cdiv(longest_k, tile.block_n) * many * heads,)](
             q_in, k, v, do_in, nlse, ndelta, dk, dv, seed, *numbers, scale, dk.stride(1),
-            *common.rest, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags,
-            **tile.options,
-        )  # fmt: skip
-        tile = tiles.dq
-        k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
-        tile = tile if tma else by_pointers(tile)
-        _dq_kernel[(cdiv(longest_q, tile.block_m) * many * H,)](
-            q, k_in, v_in, do, nlse, ndelta, dq, seed, *numbers, scale, dq.stride(1),
             *common.rest, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **common.flags,
             **tile.options,
         )  # fmt: skip

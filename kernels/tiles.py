@@ -50,7 +50,6 @@ class AttentionTiles:
     """One tile for each kernel of attention."""
 
     fwd: Tile
-    delta: Tile
     dkdv: Tile
     dq: Tile
 
@@ -258,7 +257,7 @@ def attention_tiles(
         at = max(64, block_d)
         rows = _ATTENTION[where]
         fwd, dkdv, dq = (_ATTENTION_DROPOUT[where] if dropout else rows).get(at, rows[at])
-    return AttentionTiles(fwd, Tile(32, 32, 4, 1), dkdv, dq)
+    return AttentionTiles(fwd, dkdv, dq)
 
 
 def by_pointers(tile: Tile, block_d: int = 0, accumulators: int = 1) -> Tile:

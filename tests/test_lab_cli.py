@@ -78,7 +78,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "takes B, T, H, D" in said("attention:Q=3")
     assert "must be int" in said("attention:D=wide")
     assert "must be at least 1" in said("attention:D=0")
-    assert "are _fwd_kernel, _delta_kernel" in said("attention._bwd_kernel")
+    assert "are _fwd_kernel, _dq_kernel" in said("attention._bwd_kernel")
     assert "is not a file" in said("nowhere.yaml")
     assert "is not a file" in said("nowhere.py:kernel", *own)
     assert "it has no kernel" in said(str(empty))

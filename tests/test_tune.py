@@ -87,7 +87,7 @@ def test_offline_compilation_knows_no_measured_tiles() -> None:
 
 
 @pytest.mark.parametrize(
-    "tile", [TILE, ProductTile(16, 32, 4, 2, 64), AttentionTiles(TILE, TILE, TILE, TILE)], ids=str
+    "tile", [TILE, ProductTile(16, 32, 4, 2, 64), AttentionTiles(TILE, TILE, TILE)], ids=str
 )
 def test_a_tile_goes_through_json(tile: Any) -> None:
     assert tuning.decode(json.loads(json.dumps(tuning.encode(tile)))) == tile

@@ -258,8 +258,7 @@ OPS = {
         {
             name: {"loop": "BLOCK_M * BLOCK_N"}  # a score, and one exponential
             for name in ("_fwd_kernel", "_dkdv_kernel", "_dq_kernel")
-        }
-        | {"_delta_kernel": {"launch": "B * T * H * D", "bytes": "size * 2"}},
+        },
     ),
     "rotary": Case(
         _rotary,

@@ -181,12 +181,12 @@ def test_fastgpts_own_kernels_at_a_revision(tmp_path: Path) -> None:
             text = text.replace("_ATTENTION_FLOAT32 = {", "_ATTENTION_FLOAT32: dict = {")
             text = re.sub(r"\b(Tile|_tma)\(128, 128,", r"\1(64, 128,", text)
         (kernels / source.name).write_text(text)
-    now = cases.launches("attention", "sm_90")[0]
+    now = cases.launches("attention", "sm_100")[0]
     with revision.taken(str(kernels)):
-        before = cases.launches("attention", "sm_90")[0]
+        before = cases.launches("attention", "sm_100")[0]
     assert (now.variant["BLOCK_M"], before.variant["BLOCK_M"]) == (128, 64)
     assert before.kernel.startswith(str(kernels))
-    assert cases.launches("attention", "sm_90")[0] == now
+    assert cases.launches("attention", "sm_100")[0] == now
 
 
 # Recording

@@ -37,6 +37,7 @@ setup(
             "accelerate>=1.1",  # transformers' Trainer
             "expecttest>=0.2",  # torch.testing._internal, whose samples the tests run
             "gguf>=0.19",  # GGUF files, and the test that loads one
+            "hqq>=0.2.8",  # transformers' quantised cache
             "hypothesis>=6.100",
             "liger-kernel>=0.8",  # a peer's kernels, for the lab
             "matplotlib>=3.8",  # benchmarks.error_growth

@@ -240,6 +240,23 @@ def test_a_mask_says_what_sdpas_says(
         assert ours is None
 
 
+def test_a_mask_that_is_asked_for_whole_is_whole() -> None:
+    """A model may join it with others, or open it to what lies ahead."""
+    config = LlamaConfig()
+    config._attn_implementation = "fastgpt"
+    x, block = torch.zeros(1, 5, 32), torch.tensor([[-1, 0, 0, 0, -1]])
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask = create_causal_mask(config, x, None, None, allow_is_causal_skip=False)
+    assert mask.dtype == torch.bool and torch.equal(mask[0, 0], causal)
+    causal[1:4, 1:4] = True
+
+    def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (block[b, i] == block[b, j]) & (block[b, i] >= 0)
+
+    mask = create_causal_mask(config, x, None, None, or_mask_function=within)
+    assert mask.dtype == torch.bool and torch.equal(mask[0, 0], causal)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_mask_of_the_users_own(kind: str) -> None:
     ids, _ = prompts("none")
@@ -416,6 +433,12 @@ def test_refuses_what_it_would_get_wrong() -> None:
     )
     with pytest.raises(NotImplementedError, match="AttentionInterface; bloom has one of its own"):
         bloom(ids, attention_mask=mask)
+
+
+def test_says_that_transformers_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"^huggingface.register: transformers must be 5.17 or"):
+        huggingface.register()
 
 
 @pytest.mark.gpu

@@ -14,15 +14,19 @@
 
 The second and the third column are Hugging Face's. What is turned is (in, out) there and (out, in)
 here. Some files of GPT-2 lack the prefix transformer. c_attn's rows are q's, k's and v's, stacked.
+A folder that FastGPTForCausalLM saved has our names behind gpt.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastgpt.config import GPTConfig
+
+Layout = Literal["hugging face", "gguf", "fastgpt"]
 
 # Hugging Face's name of an activation, and what else it calls the same function.
 ACTIVATIONS = {
@@ -51,8 +55,13 @@ _LLAMA_OUTSIDE = {
 }
 
 
-def their_names(ours: Mapping[str, Any], config: GPTConfig, gguf: bool = False) -> dict[str, Any]:
+def their_names(
+    ours: Mapping[str, Any], config: GPTConfig, layout: Layout = "hugging face"
+) -> dict[str, tuple[str, ...]]:
     """For each of our weights the names, one or three, that it has in the other layout."""
+    if layout == "fastgpt":
+        return {n: (f"gpt.{n}",) for n in ours}
+    gguf = layout == "gguf"
     if not config.llama:
         return {n: (n if n.startswith("lm_head") else f"transformer.{n}",) for n in ours}
     names: dict[str, tuple[str, ...]] = {}
@@ -71,7 +80,7 @@ def weights_from(
     theirs: Mapping[str, Tensor],
     config: GPTConfig,
     shapes: Mapping[str, torch.Size],
-    gguf: bool = False,
+    layout: Layout = "hugging face",
     source: str = "the state_dict",
 ) -> dict[str, Tensor]:
     """Weights under this library's names and in its order of dimensions, bit for bit.
@@ -81,26 +90,26 @@ def weights_from(
             attn_q and attn_k in Hugging Face's order.
         config: of the model.
         shapes: of the model's state_dict.
-        gguf: whether the names are GGUF's.
+        layout: whose names they have.
         source: what an error calls theirs.
 
     Raises:
         ValueError: a weight is missing, unknown or of another shape, or the output layer is not
             the embedding although config ties them.
     """
-    theirs = dict(theirs)
-    if not config.llama:
+    theirs, hugging_face = dict(theirs), layout == "hugging face"
+    if hugging_face and not config.llama:
         masks = (".attn.bias", ".attn.masked_bias")  # buffers that older versions saved
         theirs = {_prefixed(n): t for n, t in theirs.items() if not n.endswith(masks)}
     left = {n for n in theirs if not n.endswith("rotary_emb.inv_freq")}
     ours = {}
-    for name, names in their_names(shapes, config, gguf).items():
+    for name, names in their_names(shapes, config, layout).items():
         for part in names:
             if part not in theirs:
                 raise ValueError(f"from_pretrained: {source} must hold {part}; it does not")
         left -= set(names)
         parts = [theirs[part] for part in names]
-        turned = not config.llama and name.endswith(_TURNED)
+        turned = hugging_face and not config.llama and name.endswith(_TURNED)
         if any(t.ndim != len(shapes[name]) for t in parts):
             raise _misshapen(source, name, shapes[name], parts[0].shape)
         t = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -108,7 +117,7 @@ def weights_from(
         if t.shape != shapes[name]:
             raise _misshapen(source, name, shapes[name], t.shape)
         ours[name] = t
-    head = "output.weight" if gguf else "lm_head.weight"
+    head = "output.weight" if layout == "gguf" else "lm_head.weight"
     if config.tied and head in left:
         left.discard(head)
         if not torch.equal(theirs[head], ours["wte.weight"]):
@@ -155,18 +164,22 @@ def _misshapen(source: str, name: str, want: torch.Size, got: torch.Size) -> Val
 
 
 def shape_from(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What GPTConfig wants to know, of a config.json of Hugging Face's.
+    """What GPTConfig wants to know, of the config.json of a GPT-2, a Llama or a FastGPTForCausalLM.
 
     Raises:
-        ValueError: an architecture other than GPT-2 and Llama, or a part of them that GPT lacks.
+        ValueError: an architecture other than these, or a part of them that GPT lacks.
     """
     kind = config.get("model_type") if isinstance(config, Mapping) else type(config).__name__
     if kind == "gpt2":
         return _gpt2_shape(config, source)
     if kind == "llama":
         return _llama_shape(config, source)
+    if kind == "fastgpt":
+        named = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+        return named | {"tied": config.get("tie_word_embeddings", True)}
     raise ValueError(
-        f"from_pretrained: {source} must be of model_type 'gpt2' or 'llama'; got {kind!r}"
+        f"from_pretrained: {source} must be of model_type 'gpt2', 'llama' or 'fastgpt';"
+        f" got {kind!r}"
     )
 
 

@@ -74,7 +74,8 @@ class GPT(nn.Module):
 
         Args:
             source: a folder with the config.json and the weights (safetensors, whole or in shards,
-                or pytorch_model.bin) of a GPT-2 or a Llama; a .gguf file of a Llama, whose weights
+                or pytorch_model.bin) of a GPT-2, a Llama or a
+                `fastgpt.huggingface.FastGPTForCausalLM`; a .gguf file of a Llama, whose weights
                 are dequantised (needs the package gguf); or a model's name on the Hugging Face Hub
                 (needs huggingface_hub).
             revision: branch, tag or commit on the Hub.

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt.gguf_file import first_line, read_gguf
-from fastgpt.layouts import shape_from, shape_to, weights_from, weights_to
+from fastgpt.layouts import Layout, shape_from, shape_to, weights_from, weights_to
 from fastgpt.model import GPT, GPTConfig
 
 Find = Callable[[str], Path | None]  # a file of the folder by its name, if it is there
@@ -38,13 +38,14 @@ def from_pretrained(
     """See `GPT.from_pretrained`."""
     where = str(source)
     local = Path(source).expanduser()
+    layout: Layout = "gguf"
     if local.is_file():
         shape, theirs = read_gguf(local)
     else:
         find = _folder(local) if local.is_dir() else _hub(source, revision)
-        shape, theirs = _read(find, where)
+        layout, shape, theirs = _read(find, where)
     try:
-        config = GPTConfig(dropout=dropout, **shape)
+        config = GPTConfig(**shape | {"dropout": dropout})
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"from_pretrained: {where} is of a shape that GPT lacks; {error}"
@@ -52,7 +53,7 @@ def from_pretrained(
     with torch.device("meta"):
         model = GPT(config)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
-    weights = weights_from(theirs, config, shapes, local.is_file(), where)
+    weights = weights_from(theirs, config, shapes, layout, where)
     model.load_state_dict({n: t.to(dtype or t.dtype) for n, t in weights.items()}, assign=True)
     for p in model.parameters():
         p.requires_grad_()
@@ -117,8 +118,8 @@ def _unreachable(source: Any, error: Exception) -> str:
     )
 
 
-def _read(find: Find, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The shape as GPTConfig takes it, and the state_dict."""
+def _read(find: Find, source: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
+    """Whose names there are, the shape as GPTConfig takes it, and the state_dict."""
     try:
         file = find("config.json")
         config = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
@@ -132,7 +133,7 @@ def _read(find: Find, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"from_pretrained: {source} must hold config.json, and model.safetensors or"
             " pytorch_model.bin; it does not hold both"
         )
-    return shape, theirs
+    return "fastgpt" if config["model_type"] == "fastgpt" else "hugging face", shape, theirs
 
 
 def _weights(find: Find, source: str) -> dict[str, Tensor] | None:

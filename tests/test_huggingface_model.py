@@ -81,6 +81,8 @@ def test_is_saved_and_loaded_by_the_auto_classes(name: str, tmp_path: Path) -> N
     for (n, a), (_, b) in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(a, b), n
     assert torch.equal(again(ids).logits, model(ids).logits)
+    bare = GPT.from_pretrained(tmp_path)  # and without transformers
+    assert bare.config == CONFIGS[name] and torch.equal(bare(ids), model(ids).logits)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is FastGPTConfig and config.gpt() == CONFIGS[name]
     fresh = AutoModelForCausalLM.from_config(config)  # starts as GPT does

@@ -68,8 +68,11 @@ def lends(module: nn.Module, kind: type[nn.Module]) -> bool:
     the module is done, or by checkpointing, which sees no tensor inside of another thing; nor if a
     hook waits for what goes in or comes out.
     """
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is kind and "forward" not in vars(module) and not hooks
+    hooked = (
+        module._forward_hooks or module._forward_pre_hooks
+        or module._backward_hooks or module._backward_pre_hooks
+    )  # fmt: skip
+    return type(module) is kind and "forward" not in vars(module) and not hooked
 
 
 def unchanged(kept: list[tuple[Tensor, int]]) -> None:

@@ -85,6 +85,36 @@ def test_one_tensor_may_be_several_arguments(f: Callable[..., Tensor], path: Pat
     torch.testing.assert_close(got, want)
 
 
+def test_the_table_has_every_op() -> None:
+    public = {name for name in ops.__all__ if f"{name}_ref" in ops.__all__}
+    assert {case.op for case in CASES} | {"adamw"} == public
+
+
+def test_a_path_is_chosen_inside_a_graph_and_a_new_one_makes_a_new_graph() -> None:
+    """use() may be entered in what is compiled; entered outside, a graph of another path is not
+    taken again."""
+    graphs = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, inputs)
+
+    def inside(x: Tensor) -> Tensor:
+        with ops.use("reference"):
+            return ops.layer_norm(x, x[0])
+
+    x = torch.randn(3, 8)
+    assert torch.equal(torch.compile(inside, fullgraph=True, backend=count)(x), inside(x))
+    assert graphs == 1 and ops.backend._uses == [ops.backend._path]
+    compiled = torch.compile(lambda x: ops.rms_norm(x, x[0]), fullgraph=True, backend=count)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for path, total in (("auto", 2), ("reference", 3), ("reference", 3), ("auto", 3)):
+            with ops.use(path):
+                compiled(x)
+            assert graphs == total, path
+
+
 def test_dropout_draws_as_it_does_eagerly() -> None:
     """No seed given: it comes from the generator, in the graph, anew at each call."""
     case = next(c for c in CASES if c.name == "layer_norm residual, dropout")

@@ -1,24 +1,27 @@
 """The layers against torch's own, and against the formulas written out."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import GPT, GPTConfig, ops
 from fastgpt.layers import (
     MLP,
     Block,
+    Branch,
     CausalSelfAttention,
     GatedMLP,
     KVCache,
     LayerNorm,
     RMSNorm,
 )
+from tests.op_cases import registered
 
 
 @given(
@@ -190,3 +193,34 @@ def test_block_makes_no_wrong_weight_gradient_from_a_changed_norm() -> None:
         block.ln_1.weight.mul_(2.0)  # type: ignore[operator]
     with pytest.raises(RuntimeError, match=r"^recompute: what backward needs was changed in place"):
         torch.autograd.grad(branch.sum(), block.attn.c_attn.weight)
+
+
+HOOKS = [
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("name", ["h.0", "h.1", "h.1.attn", "h.0.mlp", "ln_f"])
+def test_a_hook_sees_tensors_and_changes_no_gradient(name: str, kind: str) -> None:
+    """On the kernels' way blocks hand a branch on without its bias, but not where one listens."""
+    model = GPT(GPTConfig(8, 31, 2, 2, 16))
+    x = torch.randint(31, (2, 8))
+    seen: list[Any] = []
+
+    def hook(module: nn.Module, *values: Any) -> None:
+        for value in values:
+            seen.extend(value if isinstance(value, tuple) else [value])
+
+    with registered():
+        model(x, x).backward()
+        want = {n: p.grad for n, p in model.named_parameters()}
+        model.zero_grad()
+        handle = getattr(model.get_submodule(name), kind)(hook)
+        model(x, x).backward()
+    assert not any(isinstance(v, Branch) for v in seen)
+    assert any(isinstance(v, Tensor) for v in seen)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[n])
+    handle.remove()

@@ -121,8 +121,11 @@ def test_generates_with_a_quantised_cache() -> None:
         "do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True,
         "output_logits": True,
     }  # fmt: skip
-    cached = options | {"cache_implementation": "quantized", "cache_config": config}
-    ours, theirs = (generated(make(LLAMA, i), ids, mask, **cached) for i in ("fastgpt", "eager"))
+    cached = options | {"cache_implementation": "quantized"}
+    ours, theirs = (
+        generated(make(LLAMA, i), ids, mask, **cached, cache_config=dict(config))
+        for i in ("fastgpt", "eager")
+    )
     exact = generated(make(LLAMA, "fastgpt"), ids, mask, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     apart, rounded = ((ours.logits[-1] - x.logits[-1]).abs().max() for x in (theirs, exact))

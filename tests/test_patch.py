@@ -303,6 +303,19 @@ def test_compiles_whole() -> None:
         torch.testing.assert_close(compiled(ids()), logits_of(model, ids()))
 
 
+def test_what_was_compiled_before_notices() -> None:
+    model = FAMILIES["nanoGPT"]().eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    before = logits_of(compiled, ids())
+    report = patch(compiled)
+    assert [line for line in report.replaced if line.kind == "NanoMLP"]
+    hook = model.h[0].mlp.register_forward_hook(lambda m, a, y: y * 0.0)
+    assert not torch.allclose(logits_of(compiled, ids()), before)
+    hook.remove()
+    torch.testing.assert_close(logits_of(compiled, ids()), before)
+
+
 def test_gradient_checkpointing() -> None:
     model = gpt2().train()
     patch(model)

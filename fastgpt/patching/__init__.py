@@ -148,7 +148,7 @@ def why_left(module: nn.Module) -> str:
         return "nothing to gain by itself"
     if isinstance(module, nn.Dropout) or activation_module(module):
         return "no neighbour to fuse with"
-    return "no op computes it"
+    return "its own code around its parts" if module._modules else "no op computes it"
 
 
 def _check(model: nn.Module, wanted: dict[Any, Any]) -> dict[type[nn.Module], Any]:

@@ -34,8 +34,9 @@ def attend(module: nn.Module, qkv: Tensor, causal: bool, dropout_p: float) -> Te
     """qkv (B, T, 3 C) -> (B, T, C), the heads side by side."""
     B, T, wide = qkv.shape
     n_head: int = module.n_head  # type: ignore[assignment]
-    q, k, v = qkv.view(B, T, 3, n_head, wide // 3 // n_head).unbind(2)
-    return ops.attention(q, k, v, causal=causal, dropout_p=dropout_p).reshape(B, T, wide // 3)
+    heads = qkv.view(B, T, 3 * n_head, wide // 3 // n_head)
+    o = ops.attention_packed(heads, n_head, causal=causal, dropout_p=dropout_p)
+    return o.reshape(B, T, wide // 3)
 
 
 class PatchedAttention(Patched):

@@ -33,33 +33,36 @@ class PatchedMultiheadAttention(Patched):
                 average_attn_weights, is_causal,
             )  # fmt: skip
             return made
-        bs = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
-        if query is key and key is value:
-            q, k, v = F.linear(query, m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
-        else:
-            ws = m.in_proj_weight.chunk(3)
-            q, k, v = (
-                F.linear(x, w, b) for x, w, b in zip((query, key, value), ws, bs, strict=True)
-            )
-        q, k, v = (t.unflatten(-1, (m.num_heads, m.head_dim)) for t in (q, k, v))
-        if not m.batch_first:
-            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        bias = None if key_padding_mask is None else _added(key_padding_mask, q)[:, None, None]
+        bias = None if key_padding_mask is None else _added(key_padding_mask, query)[:, None, None]
         if attn_mask is not None and not is_causal:
-            mask = _added(attn_mask, q)
+            mask = _added(attn_mask, query)
             mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (-1, m.num_heads))
             bias = mask if bias is None else bias + mask
         p = m.dropout if self.training else 0.0
-        o = ops.attention(q, k, v, causal=is_causal, bias=bias, dropout_p=p).flatten(2)
-        o = F.linear(o, m.out_proj.weight, m.out_proj.bias)
+        if query is key and key is value:
+            qkv = self._heads(query, m.in_proj_weight, m.in_proj_bias)
+            o = ops.attention_packed(qkv, m.num_heads, causal=is_causal, bias=bias, dropout_p=p)
+        else:
+            ws, bs = m.in_proj_weight.chunk(3), (None,) * 3
+            if m.in_proj_bias is not None:
+                bs = m.in_proj_bias.chunk(3)
+            q, k, v = map(self._heads, (query, key, value), ws, bs)
+            o = ops.attention(q, k, v, causal=is_causal, bias=bias, dropout_p=p)
+        o = F.linear(o.flatten(2), m.out_proj.weight, m.out_proj.bias)
         return o if m.batch_first else o.transpose(0, 1), None
 
+    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The heads of a product of x, (B, T, heads, D)."""
+        m: Any = self
+        y: Tensor = F.linear(x, weight, bias).unflatten(-1, (-1, m.head_dim))
+        return y if m.batch_first else y.transpose(0, 1)
 
-def _added(mask: Tensor, q: Tensor) -> Tensor:
+
+def _added(mask: Tensor, x: Tensor) -> Tensor:
     """What is added to the scores; a bool mask is True where a key is hidden."""
     if mask.is_floating_point():
         return mask
-    return q.new_zeros(mask.shape).masked_fill(mask, float("-inf"))
+    return x.new_zeros(mask.shape).masked_fill(mask, float("-inf"))
 
 
 def recognise_multihead(module: nn.Module) -> Swap | str | None:

@@ -281,6 +281,26 @@ class Gated(nn.Module):
         return self.fc3(self.fc2(x) * torch.relu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
+class Shifted(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.fc2(torch.relu(self.fc1(x + 1.0))))  # type: ignore[no-any-return]
+
+
+class Counting(nn.Module):
+    """Does something beside computing its result, which must go on being done."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(C, C), nn.Linear(C, C)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+
+
 class Mine(layers.LayerNorm):
     pass
 
@@ -319,6 +339,8 @@ class FasterNorm(MyNorm):
         (NanoMLP(0.1), {NanoMLP: layers.MLP}, "ffn (gelu)"),
         (Functional(nn.Dropout()), {}, ""),
         (Functional(scale=2.0), {}, ""),
+        (Shifted(), {}, ""),
+        (Counting(), {}, ""),
         (nn.utils.parametrizations.weight_norm(nn.LayerNorm(C)), {}, "layer_norm"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
@@ -334,6 +356,24 @@ def test_what_is_recognised_computes_the_same(module: nn.Module, replace: Any, r
     torch.testing.assert_close(y, before, atol=1e-5, rtol=1e-5)
     again = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
     torch.testing.assert_close(again, grads, atol=1e-4, rtol=1e-4)
+
+
+def test_recognising_changes_no_buffer() -> None:
+    module = Counting()
+    patch(module)
+    assert module.calls == 0
+    module(torch.ones(1, C))
+    assert module.calls == 1
+
+
+def test_cross_attention_takes_the_blocks_own_way() -> None:
+    model = randomized(gpt2(add_cross_attention=True)).eval()
+    x, seen = ids(), torch.randn(2, 5, C)
+    before = [model(x, encoder_hidden_states=seen).logits, model(x).logits]
+    patch(model)
+    after = [model(x, encoder_hidden_states=seen).logits, model(x).logits]
+    for a, b in zip(after, before, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_activations_are_known_by_what_they_compute() -> None:

@@ -21,6 +21,7 @@ class _Tracer(fx.Tracer):
         self, module: nn.Module, given: dict[str, Any], names: tuple[str, ...], method: Any
     ) -> None:
         super().__init__()
+        self.proxy_buffer_attributes = True  # what is done to a buffer is a step too
         self.module, self.given, self.names, self.method = module, given, names, method
         self.paths = {id(m): name for name, m in module.named_modules()}
 
@@ -109,6 +110,8 @@ def _forget_rows(graph: fx.Graph) -> None:
             if isinstance(size, fx.Node) and size.target == "size" and size.args == (x, -1):
                 node.replace_all_uses_with(x)
                 output.replace_input_with(last, last.args[0])
+                graph.erase_node(last)
+                graph.erase_node(node)
                 return
 
 
@@ -116,10 +119,10 @@ def trace(
     module: nn.Module, names: tuple[str, ...], given: dict[str, Any] | None = None,
     method: Callable[..., Any] | None = None,
 ) -> Steps | str:  # fmt: skip
-    """The steps of forward(names..., **given) in training mode, those whose result is not used left
-    out; or why it cannot be followed. Instead of forward another method can be followed, and then
-    into the submodules too."""
-    twin = stand_in(module, lambda _, t: t)
+    """The steps of forward(names..., **given) in training mode, sizes and items that are not used
+    left out; or why it cannot be followed. Instead of forward another method can be followed, and
+    then into the submodules too."""
+    twin = stand_in(module, lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
     twin.training = True
     drops = {}
     for i, (name, value) in enumerate(sorted(twin.__dict__.items(), key=lambda item: item[0])):
@@ -132,6 +135,6 @@ def trace(
         return f"its forward cannot be followed ({type(error).__name__})"
     _forget_rows(graph)
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
+        if not node.users and node.target in (operator.getitem, getattr, "size"):
             graph.erase_node(node)
     return Steps(list(graph.nodes), module, drops)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
+from shutil import which
 from typing import Any
 
 import pytest
@@ -204,6 +205,7 @@ def test_an_optimizers_step_is_one_graph() -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.skipif(not (which("g++") or which("clang++")), reason="needs a C++ compiler")
 def test_inductors_training_step_is_the_eager_one() -> None:
     """Generated code for the CPU, where plain PyTorch is what is compiled."""
     model = GPT(GPTConfig(16, 31, n_layer=1, n_head=2, n_embd=16))

@@ -17,6 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
 from fastgpt import GPT, GPTConfig, ops
+from fastgpt.ops import backend
+from fastgpt.ops.backend import INTERPRET
+from tests.conftest import HAS_CUDA
 from tests.op_cases import CASES, NAMES, Case, Inputs, registered
 
 every_op = pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -156,6 +159,27 @@ def test_kernels_stand_aside(kind: str, device: str) -> None:
         }
         (choice,) = fastgpt.explain(transformed[kind])
     assert choice.path == "reference" and "torch.func" in choice.why
+
+
+@pytest.mark.skipif(HAS_CUDA or INTERPRET, reason="a kernel chosen by mistake fails elsewhere")
+@pytest.mark.parametrize("kind", ["grad", "per sample"])
+@pytest.mark.parametrize("name", ["layer_norm", "rotary norm", "ffn", "linear_cross_entropy"])
+def test_kernels_stand_aside_in_a_compiled_transform(name: str, kind: str) -> None:
+    """Where ops would take their kernels, dynamo traces a transform: on a kernel's way it would
+    give a wrong gradient, or none."""
+    case = next(c for c in CASES if c.name == name)
+    loss, leaves = loss_of(case, case.leaves())
+    transform: Any = grad(loss)
+    if kind == "per sample":
+        transform = vmap(grad(loss))
+        leaves = {n: t + torch.randn(3, *t.shape) for n, t in leaves.items()}
+    with plain():
+        want = transform(leaves)
+    torch._dynamo.reset()
+    with backend.rehearsal():
+        got = torch.compile(transform, fullgraph=True, backend="aot_eager")(leaves)
+    for n, w in want.items():
+        torch.testing.assert_close(got[n], w, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])

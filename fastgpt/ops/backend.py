@@ -171,6 +171,11 @@ def transformed() -> bool:
     )
 
 
+# As torch.compiler.assume_constant_result does, which would import dynamo: while dynamo traces a
+# transform the answer is known, and cannot be asked for in the graph.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _obstacle(x: Tensor) -> str | None:
     """What keeps any kernel from running on x, or None."""
     if not runs_kernel(x):
@@ -181,10 +186,10 @@ def _obstacle(x: Tensor) -> str | None:
         return f"kernels take float32, float16 and bfloat16; got {x.dtype}"
     if INTERPRET and x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the raw bits of bfloat16"
-    if torch.compiler.is_compiling():
-        return None
     if transformed():
         return "kernels have no rule for torch.func's transforms and forward-mode derivatives"
+    if torch.compiler.is_compiling():
+        return None
     if x.is_cuda and torch.version.hip is None:
         capability = _capability(x.device)
         if capability < OLDEST:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import GPT, GPTConfig, ops
+from fastgpt.functional.norm import WIDENED
 from fastgpt.layers import KVCache
 from tests.conftest import HAS_CUDA, SANITIZED
 from tests.op_cases import CASES, NAMES, Case, Inputs
@@ -177,6 +178,8 @@ def test_autocast_gives_the_dtype_and_value_of_torchs_own(
         got, want = case.outputs(**x)[0], THEIRS[case.name](**x)
     if case.op == "attention":
         want = want.transpose(1, 2)
+    if case.op == "rms_norm" and not WIDENED["rms_norm"]:
+        want = want.float()  # as later versions of torch have it
     torch.testing.assert_close(got, want, atol=5e-2, rtol=5e-2)  # dtypes too
 
 

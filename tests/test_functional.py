@@ -54,7 +54,8 @@ def attend_torch(**kwargs: Any) -> Any:
         given = dict(kwargs)
         mask = given.get("attn_mask")
         if mask is not None and mask.is_floating_point():
-            given["attn_mask"] = mask.to(q.dtype)
+            full = *torch.broadcast_shapes(mask.shape[:-2], q.shape[:-2]), q.shape[-2], k.shape[-2]
+            given["attn_mask"] = mask.to(q.dtype).expand(full).contiguous()  # which CUDA wants
         return TF.scaled_dot_product_attention(q, k, v, **given)
 
     return f

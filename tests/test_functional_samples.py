@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
+from hypothesis import settings
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -16,6 +17,7 @@ from tests.check import run
 from tests.conftest import DTYPES, SANITIZED
 
 invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+settings.load_profile("fastgpt")  # in whose place torch puts one of its own
 
 
 def embedding(of: Any) -> Callable[..., Tensor]:

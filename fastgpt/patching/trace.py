@@ -96,7 +96,7 @@ class Steps(list[fx.Node]):
 
 def _forget_rows(graph: fx.Graph) -> None:
     """Take out y = x.reshape(-1, x.size(-1)) if the result is brought back by .view(x.shape)."""
-    output = next(reversed(graph.nodes))
+    *_, output = graph.nodes
     last = output.args[0]
     if not isinstance(last, fx.Node) or last.target not in ("view", "reshape"):
         return

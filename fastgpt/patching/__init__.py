@@ -32,6 +32,7 @@ from fastgpt.patching.swap import Patched, Swap, at, patched_class, unhooked
 __all__ = ["Line", "Report", "patch"]
 
 Found = Swap | str | None
+ALONE = "replace says so"
 AS: dict[type[nn.Module], Callable[[nn.Module], Found]] = {
     layers.LayerNorm: lambda m: recognise_norm(m, "layer_norm"),
     layers.RMSNorm: lambda m: recognise_norm(m, "rms_norm"),
@@ -55,10 +56,13 @@ def patch(model: nn.Module, *, replace: Replace | None = None, loss_head: bool =
     """Run a model's layers on fastgpt's ops; its modules, parameters and hooks stay what they are.
 
     Replaced are layer norms and RMS norms, feed-forwards plain and gated, a norm together with the
-    sum before it, attention as nanoGPT and minGPT write it, and the losses of transformers' causal
-    language models. Modules keep their names, classes (`isinstance`), state_dict, training mode,
-    dtype and device; an optimizer made before goes on. A fused module whose inner layers are given
-    hooks or are exchanged, before or after, runs its own forward for as long as that is so.
+    sum before it, attention as nanoGPT and minGPT write it, torch's nn.MultiheadAttention and
+    nn.TransformerEncoderLayer, and of transformers' models the attention, by
+    attn_implementation="fastgpt", and the loss of causal language models.
+
+    Modules keep their names, classes (`isinstance`), state_dict, training mode, dtype and device;
+    an optimizer made before goes on. A fused module whose inner layers are given hooks or are
+    exchanged, before or after, runs its own forward for as long as that is so.
 
     Args:
         model: any module. What is patched already is left as it is.
@@ -130,11 +134,12 @@ def _attentions(
         if not pretrained(m) or m in inside:
             continue
         inside.update(m.modules())
-        why = attention_obstacle(m)
-        if why is None:
+        parts = [p for p in m.modules() if asks_interface(p)]
+        why = ALONE if any(found.get(p) == ALONE for p in parts) else attention_obstacle(m)
+        if why is None and parts:
             switched.append(m)
-        for part in m.modules():
-            if asks_interface(part) and not isinstance(found.get(part), Swap):
+        for part in parts:
+            if not isinstance(found.get(part), Swap):
                 runs = 'attention, by attn_implementation="fastgpt"' if why is None else ""
                 says[part] = (runs, why or "")
     return switched, says
@@ -160,13 +165,13 @@ def _check(model: nn.Module, wanted: dict[Any, Any]) -> dict[type[nn.Module], An
             )
     present = {type(m) for m in model.modules()}
     for old, new in wanted.items():
-        for c in (old, new):
-            if c is not None and not (isinstance(c, type) and issubclass(c, nn.Module)):
+        for c in (old,) if new is None else (old, new):
+            if not (isinstance(c, type) and issubclass(c, nn.Module)):
                 raise TypeError(f"patch: replace must map classes of modules to such; got {c!r}")
-        if old is None or not (new is None or new in AS or issubclass(new, old)):
+        if not (new is None or new in AS or issubclass(new, old)):
             allowed = ", ".join(c.__name__ for c in AS)
             raise ValueError(
-                f"patch: {old and old.__name__} may be replaced by fastgpt.layers' {allowed}, a"
+                f"patch: {old.__name__} may be replaced by fastgpt.layers' {allowed}, a"
                 f" class derived from it, or None; got {new.__name__}"
             )
         if old not in present:
@@ -191,7 +196,7 @@ def _recognise(
             found[m] = "its forward was exchanged on the object"
         elif type(m) in wanted:
             new = wanted[type(m)]
-            found[m] = "replace says so" if new is None else new
+            found[m] = ALONE if new is None else new
             if new in AS:
                 found[m] = AS[new](m)
                 if not isinstance(found[m], Swap):

@@ -6,6 +6,7 @@ In a pre-norm block, as in GPT-2 and Llama, whose second sum is the next block's
     a = attention(norm1(h), ...);  h = h + dropout(a);  h = h + dropout(feed_forward(norm2(h)))
 """
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,19 +190,11 @@ def _match_block(steps: Steps, norms: Norms) -> BlockHow | str:
     if wrapped and len(result) == 1:
         result = result[0]
     for second, branch in _both(steps.added(result)):
-        if steps.added(second) is None:
-            continue
         dropout2, node = steps.dropped(branch)
-        ffn: str | FeedForwardHow
-        if steps.called(node) is None:
+        found = _match_feed_forward(steps, node)
+        if found is None:
             continue
-        inline = match(steps, node)
-        if isinstance(inline, str):
-            ffn, normed = str(node.target), node.args[0]
-            count = 1
-        else:
-            ffn, normed = inline
-            count = len(ffn.types) + (not ffn.act) + bool(ffn.gate)
+        ffn, normed, count = found
         norm2 = steps.called(normed)
         if norm2 not in norms or normed.args[0] is not second:
             continue
@@ -209,32 +202,50 @@ def _match_block(steps: Steps, norms: Norms) -> BlockHow | str:
             if stream is not h:
                 continue
             dropout1, a = steps.dropped(term)
-            first = isinstance(a, fx.Node) and getattr(a.target, "__name__", "") == "getitem"
-            if first and a.args[1] != 0:
-                continue
-            call = a.args[0] if first else a
-            if not isinstance(call, fx.Node) or call.op != "call_module":
-                continue
-            handed: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
-            place = [k for k, v in handed.items() if steps.called(v) in norms]
-            if len(place) != 1 or handed[place[0]].args[0] is not h:
-                continue
-            norm1 = handed.pop(place[0])
-            more = MORE in handed
-            handed.pop(MORE, None)
-            if any(not isinstance(v, fx.Node) or v.op != "placeholder" for v in handed.values()):
-                return "its attention is handed more than forward's arguments"
-            seen = 4 + first + count + bool(dropout1) + bool(dropout2) + 1
-            if steps.between != seen:
-                continue
             layers = layers_of(steps.module, str(normed.target), dropout1)
-            hands = tuple((k, str(v.target)) for k, v in handed.items())
-            return BlockHow(
-                (), (), str(norm1.target), str(call.target), hands, place[0], more, first,
-                dropout1, str(normed.target), norms[norm2], ffn, dropout2,
-                tuple(kind(m) for m in layers), wrapped,
+            how = BlockHow(
+                (), (), *_match_attention(steps, a, norms), dropout1, str(normed.target),
+                norms[norm2], ffn, dropout2, tuple(kind(m) for m in layers), wrapped,
             )  # fmt: skip
+            # Two norms, the attention and two sums, and what of the rest there is: no step more.
+            rest = how.first + bool(dropout1) + bool(dropout2)
+            if how.attention and steps.between == 5 + count + rest:
+                return how
     return NOT_PRE_NORM
+
+
+def _match_feed_forward(steps: Steps, node: Any) -> tuple[str | FeedForwardHow, Any, int] | None:
+    """A submodule, or a feed-forward in the block itself; what it is of; and its steps."""
+    if steps.called(node) is None:
+        return None
+    inline = match(steps, node)
+    if isinstance(inline, str):
+        return str(node.target), node.args[0], 1
+    ffn, normed = inline
+    return ffn, normed, len(ffn.types) + (not ffn.act) + bool(ffn.gate)
+
+
+Attention = tuple[str, str, tuple[tuple[int | str, str], ...], int | str, bool, bool]
+
+
+def _match_attention(steps: Steps, node: Any, norms: Norms) -> Attention:
+    """BlockHow's norm1, attention, hands, stream, more and first; "" if it is no call of a
+    submodule with the normed input and with forward's own arguments."""
+    none: Attention = ("", "", (), 0, False, False)
+    first = isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == 0
+    call = node.args[0] if first else node
+    if not isinstance(call, fx.Node) or call.op != "call_module":
+        return none
+    handed: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    more = handed.pop(MORE, None) is not None
+    places = [k for k, v in handed.items() if steps.called(v) in norms]
+    if len(places) != 1 or handed[places[0]].args[0] is not steps[0]:
+        return none
+    norm1 = handed.pop(places[0])
+    if any(not isinstance(v, fx.Node) or v.op != "placeholder" for v in handed.values()):
+        return none
+    hands = tuple((k, str(v.target)) for k, v in handed.items())
+    return str(norm1.target), str(call.target), hands, places[0], more, bool(first)
 
 
 def _both(terms: tuple[Any, Any] | None) -> tuple[tuple[Any, Any], ...]:

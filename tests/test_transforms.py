@@ -19,7 +19,7 @@ import fastgpt
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops import backend
 from fastgpt.ops.backend import INTERPRET
-from tests.conftest import HAS_CUDA
+from tests.conftest import HAS_CUDA, SANITIZED
 from tests.op_cases import CASES, NAMES, Case, Inputs, registered
 
 every_op = pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -96,6 +96,32 @@ def test_gradients_check_against_differences(case: Case) -> None:
     with registered():
         torch.autograd.gradcheck(f, leaves, fast_mode=True)
         torch.autograd.gradgradcheck(f, leaves, fast_mode=True, atol=1e-4)
+
+
+def assert_batched_gradients_are_a_loops(case: Case, x: Inputs) -> None:
+    """As vectorized Jacobians take them: backward under vmap, forward as ever."""
+    made, leaves = case.outputs(**x), case.wanted(x)
+    dys = [torch.randn(3, *y.shape, dtype=y.dtype, device=y.device) for y in made]
+    got = torch.autograd.grad(made, leaves, dys, is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        want = torch.autograd.grad(made, leaves, [dy[n] for dy in dys], retain_graph=True)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g[n], w)
+
+
+@every_op
+def test_batched_gradients_are_a_loops(case: Case) -> None:
+    with registered():
+        assert_batched_gradients_are_a_loops(case, case.leaves(dtype=torch.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(SANITIZED, reason="torch sees CPU tensors there, and batches them as such")
+@pytest.mark.parametrize("name", ["attention", "layer_norm", "ffn"])
+def test_batched_gradients_of_a_kernel_are_a_loops(name: str, device: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    with ops.use("triton"):
+        assert_batched_gradients_are_a_loops(case, case.leaves(device=device))
 
 
 # torch.func, on the plain path: on a GPU too, as backend says

@@ -152,6 +152,10 @@ def test_samples_through_the_kernels(
             # As they are, one weight is 1 and the scores' gradient a difference of equals: of the
             # output's rounding, in any flash attention.
             leaves = {n: t / 8 for n, t in leaves.items()}
+        if name == "layer_norm" and sample.args[0] == (1,):
+            # A GPU multiplies and subtracts in one rounding: of a row of one, where the gradient is
+            # a difference of equals over sqrt(eps), that rounding is all there is.
+            leaves = {n: t / 8 for n, t in leaves.items()}
         choice = explain(ours, **leaves)[-1]
         paths["through the kernel" if choice.path == "triton" else choice.why] += 1
         assert_agrees(ours, theirs, leaves, str(sample))

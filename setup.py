@@ -4,6 +4,8 @@ TRAIN = ["jsonargparse[signatures]>=4.40", "tokenizers>=0.20", "tqdm>=4.66"]
 
 HUGGINGFACE = ["transformers>=5.17,<6"]
 
+BENCH = ["matplotlib>=3.8", "tqdm>=4.66"]
+
 LAB = ["jinja2>=3.1", "pyyaml>=6"]
 
 setup(
@@ -28,10 +30,12 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "bench": BENCH,
         "lab": LAB,
         "huggingface": HUGGINGFACE,
         "dev": [
             *TRAIN,
+            *BENCH,
             *LAB,
             *HUGGINGFACE,
             "accelerate>=1.1",  # transformers' Trainer
@@ -40,7 +44,6 @@ setup(
             "hqq>=0.2.8",  # transformers' quantised cache
             "hypothesis>=6.100",
             "liger-kernel>=0.8",  # a peer's kernels, for the lab
-            "matplotlib>=3.8",  # benchmarks.error_growth
             "kernels>=0.17",  # beside which fastgpt.kernels must import
             "mypy>=1.15",
             "playwright>=1.49",

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu --markdown docs/gpu.md
 
-A provider whose values are not ours to 2 % is not timed. Kernels are timed by the GPU's events,
-with the level 2 cache flushed and the host ahead, in turns, as medians; a step by the clock, with
-everything the host does in it. Peers are used where they are installed.
+A provider whose values are not PyTorch's to 2 % is not timed. Kernels are timed by the GPU's
+events, with the level 2 cache flushed and the host ahead, in turns, as medians; a step by the
+clock, with everything the host does in it. Peers are used where they are installed.
 """
 
 import argparse
@@ -22,28 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import (
-    adamw,
-    attention,
-    cross_entropy,
-    embedding,
-    ffn,
-    layer_norm,
-    linear_cross_entropy,
-    rms_norm,
-    rotary,
-)
-from benchmarks.harness import Case, disagreement, host_seconds, seconds
 from benchmarks.static.step import Plain, hugging_face
 from fastgpt import patch
+from fastgpt.bench.case import Case
+from fastgpt.bench.ops import OPS
+from fastgpt.bench.timing import host_seconds, seconds
 from fastgpt.lab.files import write_whole
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import AdamW
 from fastgpt.train import CapturedStep
 
-MODULES = (
-    attention, layer_norm, rms_norm, ffn, linear_cross_entropy, cross_entropy, embedding, rotary,
-    adamw,
+AGAINST = (
+    "fastgpt", "torch", "flash", "cuDNN", "liger", "cut", "torch fused", "torch foreach",
 )  # fmt: skip
 BEGIN, END = "<!-- begin: python -m benchmarks.gpu -->", "<!-- end: python -m benchmarks.gpu -->"
 
@@ -63,17 +53,19 @@ class Measured:
 def measure(case: Case, rounds: int) -> Iterator[Measured]:
     ways = {}
     for provider in case.providers:
+        if provider not in AGAINST:
+            continue
         try:
-            off = disagreement(case, provider)
+            wrong = case.wrong(provider, "forward")
         except (RuntimeError, ValueError, ImportError) as error:
             print(f"{case.name}: {provider} does not run: {str(error).splitlines()[0]}")
             continue
-        if not off <= 2e-2:
-            print(f"{case.name}: {provider} is not timed, its values are off by {off:.1%}")
+        if wrong:
+            print(f"{case.name}: {provider} is not timed, {wrong}")
             continue
-        ways[provider] = [case.step(provider, False)]
-        if "adamw" not in case.name:
-            ways[provider].append(case.step(provider, True))
+        ways[provider] = [case.start(provider, "forward")]
+        if case.has_backward:
+            ways[provider].append(case.start(provider, "both"))
     taken: dict[str, list[list[float]]] = {p: [[] for _ in steps] for p, steps in ways.items()}
     for _ in range(rounds):
         for provider, steps in ways.items():
@@ -253,8 +245,9 @@ def main() -> None:
         print(*list(step_table([one]))[2:], flush=True)
         taken.append(one)
     rows = []
-    for module in MODULES:
-        for case in module.cases("cuda", torch.bfloat16):
+    for module in OPS.values():
+        for sizes in module.sizes("cuda"):
+            case = module.case("cuda", torch.bfloat16, **sizes)
             for row in measure(case, args.rounds):
                 print(*list(kernel_table([row]))[2:], flush=True)
                 rows.append(row)

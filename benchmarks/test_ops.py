@@ -5,35 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import (
-    adamw,
-    attention,
-    cross_entropy,
-    embedding,
-    ffn,
-    layer_norm,
-    linear_cross_entropy,
-    rms_norm,
-    rotary,
-)
-
-MODULES = (
-    attention,
-    layer_norm,
-    rms_norm,
-    ffn,
-    embedding,
-    adamw,
-    rotary,
-    cross_entropy,
-    linear_cross_entropy,
-)
+from fastgpt.bench.ops import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALLEST = {
-    module.__name__.split(".")[1]: module.cases(DEVICE, torch.float32)[0] for module in MODULES
+    op: module.case(DEVICE, torch.float32, **module.sizes(DEVICE)[0]) for op, module in OPS.items()
 }
-FORWARD_ONLY = ("adamw",)  # steps that have no gradient
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
@@ -41,9 +18,9 @@ FORWARD_ONLY = ("adamw",)  # steps that have no gradient
     "op, provider", [(op, p) for op, case in SMALLEST.items() for p in case.providers]
 )
 def test_speed(benchmark: Any, op: str, provider: str, backward: bool) -> None:
-    if backward and op in FORWARD_ONLY:
+    if backward and not SMALLEST[op].has_backward:
         pytest.skip(f"{op} has no backward")
-    step = SMALLEST[op].step(provider, backward)
+    step = SMALLEST[op].start(provider, "both" if backward else "forward")
 
     def run() -> None:
         step()

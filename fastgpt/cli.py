@@ -1,4 +1,4 @@
-"""The command line: fastgpt demo, train, generate, tune, lab.
+"""The command line: fastgpt demo, train, generate, tune, bench, lab.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -18,6 +18,7 @@ commands:
   train     train a GPT on text files
   generate  continue a prompt with a trained model
   tune      measure tiles on this machine's GPU, and use the fastest from then on
+  bench     time ops and a GPT beside others' ways on this machine
   lab       what a Triton kernel became on each chip, and its faults, with no GPU
 
 fastgpt COMMAND --help tells a command's options.
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for out in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by something else
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
-    commands = {"demo": _demo, "train": _train, "generate": _generate, "tune": _tune, "lab": _lab}
+    commands = {
+        "demo": _demo, "train": _train, "generate": _generate, "tune": _tune, "bench": _bench,
+        "lab": _lab,
+    }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE, end="")
@@ -234,6 +238,12 @@ def _tune(argv: list[str]) -> int:
         candidates=args.candidates, path=args.cache,
     )  # fmt: skip
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    from fastgpt.bench.cli import main as bench
+
+    return bench(argv, _Parser)
 
 
 def _lab(argv: list[str]) -> int:

@@ -1,0 +1,126 @@
+"""The command `fastgpt bench`, and its second form `fastgpt bench compare`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+STOPPED = 130  # as a shell reports SIGINT
+OPS = (
+    "attention", "layer_norm", "rms_norm", "ffn", "linear_cross_entropy", "cross_entropy",
+    "embedding", "rotary", "adamw",
+)  # fmt: skip
+MODELS = ("step", "prefill", "decode")
+
+EPILOG = """providers are used where they are installed, and it is said where not; one whose values
+differ from PyTorch's (a model's from Hugging Face's) is not timed. `fastgpt bench compare A.json
+B.json` says what moved between two runs. Compiled providers find what an earlier run compiled in
+the caches of torch on the disk."""
+
+
+def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
+    """Run the command; return its exit code."""
+    if argv and argv[0] == "compare":
+        return _compare(argv[1:], kind)
+    parser = kind(
+        prog="fastgpt bench",
+        description="Time fastgpt beside others' ways: interleaved, as medians and ratios.",
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "what", nargs="*", metavar="OP",
+        help=f"of {', '.join(OPS)}; or a whole GPT-2's {', '.join(MODELS)}; all ops without",
+    )  # fmt: skip
+    for name, said in (
+        ("forward", "without gradients; the default"),
+        ("backward", "what comes after a forward"),
+        ("both", "forward and backward"),
+    ):
+        parser.add_argument(f"--{name}", action="append_const", dest="modes", const=name, help=said)
+    parser.add_argument(
+        "--sweep", nargs="+", default=[], metavar="NAME=N,N,...", type=_values,
+        help="sizes, as T=128,512 B=4; every combination is timed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "float16", "bfloat16"),
+        help="float32; bfloat16 on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--providers", nargs="+", metavar="NAME", help="only these; - stands for a space"
+    )
+    parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="nanoGPT's folder")
+    parser.add_argument("--rounds", type=int, default=20, help="timings of each (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    parser.add_argument("--threads", type=int, help="of a CPU, for every provider")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json",
+        help="results, and FILE.csv beside it; without, bench-DATE-TIME.json",
+    )  # fmt: skip
+    parser.add_argument("--png", type=Path, metavar="FILE", help="a plot too; needs matplotlib")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise ValueError(f"bench: --rounds must be at least 1; got {args.rounds}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"bench: --threads must be at least 1; got {args.threads}")
+    if args.out is not None and args.out.suffix != ".json":
+        raise ValueError(f"bench: --out must end in .json; got {args.out}")
+
+    import torch
+
+    from fastgpt.bench.run import Wanted, bench, default_name
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: --device cuda needs a GPU that torch sees; there is none")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    wanted = Wanted(
+        what=tuple(args.what) or OPS,
+        device=device,
+        dtypes=tuple(args.dtype or (["bfloat16"] if device == "cuda" else ["float32"])),
+        modes=tuple(dict.fromkeys(args.modes or ["forward"])),
+        sweep=tuple(args.sweep),
+        providers=tuple(args.providers) if args.providers else None,
+        rounds=args.rounds,
+        nanogpt=args.nanogpt,
+    )
+    return 0 if bench(wanted, args.out or default_name(), args.png) else STOPPED
+
+
+def _values(word: str) -> tuple[str, tuple[int, ...]]:
+    """T=128,512 as a name and numbers."""
+    name, _, numbers = word.partition("=")
+    try:
+        values = tuple(int(n) for n in numbers.split(","))
+    except ValueError:
+        values = ()
+    if not name or not values or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER,NUMBER,...; got {word!r}")
+    return name, values
+
+
+def _compare(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
+    from fastgpt.bench.compare import LEAST
+
+    parser = kind(
+        prog="fastgpt bench compare",
+        description="Say what moved between two runs beyond noise; exit with 1 if anything is"
+        " slower, larger or no longer timed.",
+    )
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    parser.add_argument(
+        "--least", type=float, default=LEAST, metavar="PART",
+        help="the smallest relative change that counts (%(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if not args.least >= 0:
+        raise ValueError(f"bench compare: --least must be at least 0; got {args.least}")
+
+    from fastgpt.bench.compare import compare, report
+    from fastgpt.bench.result import read
+
+    before, after = read(args.before), read(args.after)
+    moved = compare(before, after, args.least)
+    for line in report(before, after, moved):
+        print(line)
+    return 1 if any(one.worse for one in moved) else 0

@@ -1,0 +1,27 @@
+"""One file an op, as everywhere: `sizes` it is timed at, and `case`, the providers at one size."""
+
+from types import ModuleType
+
+from fastgpt.bench.ops import (
+    adamw,
+    attention,
+    cross_entropy,
+    embedding,
+    ffn,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+)
+
+OPS: dict[str, ModuleType] = {
+    "attention": attention,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "ffn": ffn,
+    "linear_cross_entropy": linear_cross_entropy,
+    "cross_entropy": cross_entropy,
+    "embedding": embedding,
+    "rotary": rotary,
+    "adamw": adamw,
+}

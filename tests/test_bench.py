@@ -354,6 +354,12 @@ def test_a_plot_is_drawn(sizes: int, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_exponent_is_of_the_power_that_grows() -> None:
+    assert plot.exponent([1, 2, 8], [1, 5, 80]) == pytest.approx(2)
+    with_two = [Row("ffn", {"M": m, "C": 4}, "float32", "both", "torch", "timed") for m in (1, 2)]
+    assert plot.swept(with_two) == "M" and plot.swept(with_two[:1]) is None
+
+
 def test_json_has_no_nan(tmp_path: Path) -> None:
     result.write(run_of(1.0), tmp_path / "a.json")
 

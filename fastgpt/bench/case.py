@@ -169,7 +169,7 @@ class Case:
 def relative(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape:
         return float("inf")
-    got, want = got.double(), want.double()
+    got, want = got.float(), want.float()
     return float(((got - want).abs().max() / want.abs().max()).item())
 
 

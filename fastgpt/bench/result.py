@@ -228,6 +228,8 @@ def _time(seconds: float) -> str:
 
 
 def _size(size: float) -> str:
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB"
     return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 

@@ -262,11 +262,14 @@ def bench(wanted: Wanted, out: Path, png: Path | None, say: Callable[[str], Any]
     say("medians (quartiles); ratios of times in one round, and where their median is, 95 % sure")
     bar = _Bar(session.steps)
     complete, shown = False, 0
+    absent: set[str] = set()
 
     def done() -> None:
         nonlocal shown
-        for line in result.table(session.rows[shown:]):
+        new = session.rows[shown:]
+        for line in result.table([r for r in new if r.provider not in absent]):
             bar.write(line, say)
+        absent.update(r.provider for r in new if r.state == result.ABSENT)
         shown = len(session.rows)
         result.write(session.result(False), out)
 

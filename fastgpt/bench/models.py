@@ -1,7 +1,8 @@
 """GPT-2 as a whole: a training step, the reading of a prompt, and writing on from it.
 
 Every provider has the same weights in the same dtype, no dropout, and PyTorch's fused AdamW after
-clipping where it has no optimizer of its own. Hugging Face's values are the standard, or nanoGPT's
+clipping where it has no optimizer of its own; fastgpt's keeps float32 moments of 16-bit weights,
+where PyTorch's are of 16 bits. Hugging Face's values are the standard, or nanoGPT's
 where only that is here.
 """
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fastgpt.ops.attention import MAX_HEAD_DIM
+from fastgpt.ops.attention_checks import MAX_HEAD_DIM
 from fastgpt.ops.ffn import ACTIVATIONS
 
 VARIANTS = ("gpt2", "llama")

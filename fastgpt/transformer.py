@@ -15,7 +15,7 @@ from fastgpt import functional, ops
 from fastgpt.functional.choice import TORCHS
 from fastgpt.norms import LayerNorm, RMSNorm
 from fastgpt.ops import backend
-from fastgpt.ops.attention import MAX_HEAD_DIM
+from fastgpt.ops.attention_checks import MAX_HEAD_DIM
 
 Activation = str | Callable[[Tensor], Tensor]
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastgpt.functional.choice import TORCHS, chosen
 from fastgpt.ops import backend
-from fastgpt.ops.attention import MAX_HEAD_DIM, AttentionFunction, attention_obstacle
+from fastgpt.ops.attention import AttentionFunction
+from fastgpt.ops.attention_checks import MAX_HEAD_DIM, attention_obstacle
 from fastgpt.ops.attention_reference import Extras
 from fastgpt.ops.dropout import draw_seed
 

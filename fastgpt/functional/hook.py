@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.library import Library
 
 from fastgpt.ops import backend
-from fastgpt.ops.attention import attention_obstacle, backward_op, forward_op
+from fastgpt.ops.attention import backward_op, forward_op
+from fastgpt.ops.attention_checks import attention_obstacle
 from fastgpt.ops.attention_reference import Extras, reference, reference_bwd
 from fastgpt.ops.dropout import draw_seed
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
 from fastgpt.ops import backend
-from fastgpt.ops.attention import MAX_HEAD_DIM, bounds_of
 from fastgpt.ops.attention import attention as op
+from fastgpt.ops.attention import bounds_of
+from fastgpt.ops.attention_checks import MAX_HEAD_DIM
 from fastgpt.ops.attention_reference import Extras, attention_weights, plain, weigh
 
 

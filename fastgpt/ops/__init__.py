@@ -1,13 +1,8 @@
 """One op, one file: its specification in plain PyTorch, its registered ops, its public function."""
 
 from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
-from fastgpt.ops.attention import (
-    attention,
-    attention_packed,
-    attention_ref,
-    attention_varlen,
-    attention_varlen_ref,
-)
+from fastgpt.ops.attention import attention, attention_packed, attention_ref
+from fastgpt.ops.attention_varlen import attention_varlen, attention_varlen_ref
 from fastgpt.ops.backend import Choice, explain, use
 from fastgpt.ops.cross_entropy import cross_entropy, cross_entropy_ref
 from fastgpt.ops.dropout import dropout_mask

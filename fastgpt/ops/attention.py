@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import backend
+from fastgpt.ops.attention_checks import (
+    attention_obstacle,
+    check,
+    check_devices,
+    check_hiding,
+    checked_softcap,
+    said,
+)
 from fastgpt.ops.attention_reference import Extras, plain, reference, reference_bwd
 from fastgpt.ops.dropout import check_dropout, draw_seed
 from fastgpt.ops.library import define, fake, flops, impl
-
-MAX_HEAD_DIM = 256
-MAX_ROW_STRIDE = 2**23  # elements: a tile of 256 rows is addressed by int32 within itself
 
 BIAS = 8 + Extras._fields.index("bias")  # its place among AttentionFunction's inputs
 
@@ -44,36 +49,6 @@ def attention_ref(
     extras = Extras(softcap or 0.0, alibi_slopes, bias, key_mask, document_ids)
     o, lse = reference(q, k, v, scale, *bounds_of(causal, window), dropout_p, seed, extras)
     return (o, lse) if return_lse else o
-
-
-def attention_varlen_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    window: int | None = None,
-    dropout_p: float = 0.0,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    return_lse: bool = False,
-    seed: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The specification of `attention_varlen`: attention of the padded batch."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    extras = Extras(
-        softcap or 0.0, alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max(1, max_seqlen_q), max_seqlen_k=max(1, max_seqlen_k),
-    )  # fmt: skip
-    o, lse = reference(
-        q[None], k[None], v[None], scale, *bounds_of(causal, window), dropout_p, seed, extras
-    )
-    return (o[0], lse[0]) if return_lse else o[0]
 
 
 _EXTRAS = (
@@ -266,98 +241,7 @@ class AttentionFunction(torch.autograd.Function):
         return (*first, *(dbias if n == BIAS else None for n in range(3, len(needs))))
 
 
-def _said(q: Tensor, k: Tensor, v: Tensor) -> str:
-    return f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-
-
-def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None,
-    alibi_slopes: Tensor | None, batch: int,
-) -> None:  # fmt: skip
-    """The rules that attention and attention_varlen share; q, k and v end in (T, H, D)."""
-    if k.shape != v.shape:
-        raise ValueError(f"{op}: k and v must have one shape; {_said(q, k, v)}")
-    H, D = q.shape[-2:]
-    if k.shape[-2] == 0 or H % k.shape[-2]:
-        raise ValueError(f"{op}: H of q must be a multiple of H of k and v; {_said(q, k, v)}")
-    if not 8 <= D <= MAX_HEAD_DIM or D % 8:
-        raise ValueError(f"{op}: D must be a multiple of 8 from 8 to {MAX_HEAD_DIM}; got {D}")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise TypeError(
-            f"{op}: q, k and v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if not q.device == k.device == v.device:
-        raise ValueError(
-            f"{op}: q, k and v must be on one device; got {q.device}, {k.device}, {v.device}"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"{op}: window must be at least 1 key; got {window}")
-    if softcap is not None and not 0.0 < softcap < float("inf"):
-        raise ValueError(f"{op}: softcap must be positive and finite; got {softcap}")
-    if alibi_slopes is not None:
-        if alibi_slopes.dtype != torch.float32:
-            raise TypeError(f"{op}: alibi_slopes must be float32; got {alibi_slopes.dtype}")
-        if alibi_slopes.shape not in ((H,), (batch, H)):
-            raise ValueError(
-                f"{op}: alibi_slopes must be (H,) or (B, H) with B = {batch}, H = {H};"
-                f" got {tuple(alibi_slopes.shape)}"
-            )
-
-
-def _check_hiding(
-    q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None,
-    document_ids: Tensor | None,
-) -> None:  # fmt: skip
-    B, Tq, H, _ = q.shape
-    Tk = k.shape[1]
-    if bias is not None:
-        if not bias.is_floating_point():
-            raise TypeError(f"attention: bias must have a floating dtype; got {bias.dtype}")
-        fits = bias.ndim == 4 and bias.shape[3] == Tk
-        if not fits or any(
-            n not in (1, full) for n, full in zip(bias.shape, (B, H, Tq), strict=False)
-        ):
-            raise ValueError(
-                f"attention: bias must be (B or 1, H or 1, Tq or 1, Tk), here of ({B}, {H}, {Tq},"
-                f" {Tk}); got {tuple(bias.shape)}"
-            )
-    if key_mask is not None:
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"attention: key_mask must be bool; got {key_mask.dtype}")
-        if key_mask.shape != (B, Tk):
-            raise ValueError(
-                f"attention: key_mask must be (B, Tk) = ({B}, {Tk}); got {tuple(key_mask.shape)}"
-            )
-    if document_ids is not None:
-        if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
-            raise TypeError(f"attention: document_ids must be integers; got {document_ids.dtype}")
-        if document_ids.shape != (B, Tk) or Tq > Tk:
-            raise ValueError(
-                f"attention: document_ids must be (B, Tk) = ({B}, {Tk}), with Tq = {Tq} no more"
-                f" than Tk; got {tuple(document_ids.shape)}"
-            )
-
-
-def _check_devices(op: str, q: Tensor, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.device != q.device:
-            raise ValueError(f"{op}: {name} must be on q's device {q.device}; got {t.device}")
-
-
-def attention_obstacle(q: Tensor, k: Tensor, v: Tensor, scale: float, x: Extras) -> str | None:
-    """What keeps the kernel from running, beside the device and dtype of q."""
-    if scale <= 0.0:
-        return f"the kernel takes a positive softmax_scale; got {scale}"
-    if (stride := max(q.stride(1), k.stride(1), v.stride(1))) > MAX_ROW_STRIDE:
-        return f"the kernel takes strides along T up to {MAX_ROW_STRIDE} elements; got {stride}"
-    if x.bias is not None and x.bias.dtype not in backend.KERNEL_DTYPES:
-        return f"the kernel takes a float32, float16 or bfloat16 bias; got {x.bias.dtype}"
-    if x.alibi_slopes is not None and x.alibi_slopes.requires_grad and torch.is_grad_enabled():
-        return "the kernel gives alibi_slopes no gradient"
-    return None
-
-
-def _run(
+def run(
     op: str, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: tuple[int, int],
     dropout_p: float, seed: Tensor | None, return_lse: bool, x: Extras, qkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -458,11 +342,12 @@ def attention(
     is Vaswani et al., Attention is all you need, 2017, https://arxiv.org/abs/1706.03762, eq. 1.
     """
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"attention: q, k and v must be (B, T, H, D); {_said(q, k, v)}")
+        raise ValueError(f"attention: q, k and v must be (B, T, H, D); {said(q, k, v)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q, k and v must agree in B and D; {_said(q, k, v)}")
+        raise ValueError(f"attention: q, k and v must agree in B and D; {said(q, k, v)}")
     q, k, v = backend.autocast(q, k, v)
-    extras = Extras(float(softcap or 0.0), alibi_slopes, bias, key_mask, document_ids)
+    softcap = checked_softcap("attention", softcap)
+    extras = Extras(softcap, alibi_slopes, bias, key_mask, document_ids)
     o, lse = _attend(q, k, v, causal, softmax_scale, window, dropout_p, seed, return_lse, extras)
     return (o, lse) if return_lse and lse is not None else o
 
@@ -473,16 +358,16 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What attention and attention_packed share: the checks beyond those of shape, and the run."""
     op = "attention"
-    _check(op, q, k, v, window, x.softcap or None, x.alibi_slopes, q.shape[0])
-    _check_hiding(q, k, x.bias, x.key_mask, x.document_ids)
-    _check_devices(
+    check(op, q, k, v, window, x.alibi_slopes, q.shape[0])
+    check_hiding(q, k, x.bias, x.key_mask, x.document_ids)
+    check_devices(
         op, q, alibi_slopes=x.alibi_slopes, bias=x.bias, key_mask=x.key_mask,
         document_ids=x.document_ids,
     )  # fmt: skip
     check_dropout(op, dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     bounds = bounds_of(causal, window)
-    return _run(op, q, k, v, scale, bounds, dropout_p, seed, return_lse, x, qkv)
+    return run(op, q, k, v, scale, bounds, dropout_p, seed, return_lse, x, qkv)
 
 
 def attention_packed(
@@ -523,106 +408,9 @@ def attention_packed(
             f" got qkv {tuple(qkv.shape)}, n_head {n_head}"
         )
     (qkv,) = backend.autocast(qkv)
-    extras = Extras(float(softcap or 0.0), alibi_slopes, bias, key_mask, document_ids)
+    softcap = checked_softcap("attention_packed", softcap)
+    extras = Extras(softcap, alibi_slopes, bias, key_mask, document_ids)
     o, _ = _attend(
         *unpacked(qkv, n_head), causal, softmax_scale, window, dropout_p, seed, False, extras, qkv
     )
     return o
-
-
-@overload
-def attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, *, causal: bool = ..., softmax_scale: float | None = ...,
-    window: int | None = ..., dropout_p: float = ..., softcap: float | None = ...,
-    alibi_slopes: Tensor | None = ..., return_lse: Literal[False] = False,
-    seed: Tensor | None = ...,
-) -> Tensor: ...  # fmt: skip
-
-
-@overload
-def attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, *, causal: bool = ..., softmax_scale: float | None = ...,
-    window: int | None = ..., dropout_p: float = ..., softcap: float | None = ...,
-    alibi_slopes: Tensor | None = ..., return_lse: Literal[True], seed: Tensor | None = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
-def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    window: int | None = None,
-    dropout_p: float = 0.0,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    return_lse: bool = False,
-    seed: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of B sequences of any lengths that lie end to end, each by itself.
-
-    Sequence b has the queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 and the keys
-    cu_seqlens_k[b] .. cu_seqlens_k[b + 1] - 1; either may be none. Lengths are read on the device
-    alone, so the rules about what is in cu_seqlens are the caller's to keep.
-
-    Args:
-        q: (total_q, H, D) in float32, float16 or bfloat16, as in `attention`.
-        k, v: (total_k, Hkv, D).
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 or int64, from 0 to total_q and to total_k, not
-            decreasing.
-        max_seqlen_q, max_seqlen_k: the most queries and keys of a sequence, or more. Rows of a
-            sequence beyond them are not computed and hold anything.
-        causal, softmax_scale, window, dropout_p, softcap, alibi_slopes, seed: as in `attention`,
-            with a sequence's own number of queries and of keys for Tq and Tk.
-        return_lse: also return the log-sum-exp.
-
-    Returns:
-        o: (total_q, H, D) of q's dtype. With return_lse also lse: (H, total_q) float32.
-
-    Raises:
-        ValueError: shapes, D, device, window, softcap, max_seqlen or dropout_p outside these rules.
-        TypeError: a dtype outside these rules.
-
-    Dao, FlashAttention-2, 2023, https://arxiv.org/abs/2307.08691.
-    """
-    op = "attention_varlen"
-    if not q.ndim == k.ndim == v.ndim == 3:
-        raise ValueError(f"{op}: q, k and v must be (total, H, D); {_said(q, k, v)}")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"{op}: q, k and v must agree in D; {_said(q, k, v)}")
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: {name} must be int32 or int64; got {cu.dtype}")
-        if cu.ndim != 1 or cu.shape[0] < 1 or cu.shape != cu_seqlens_q.shape:
-            raise ValueError(
-                f"{op}: cu_seqlens_q and cu_seqlens_k must both be (B + 1,);"
-                f" got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
-            )
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest < 0:
-            raise ValueError(f"{op}: {name} must not be negative; got {longest}")
-    q, k, v = backend.autocast(q, k, v)
-    _check(op, q, k, v, window, softcap, alibi_slopes, cu_seqlens_q.shape[0] - 1)
-    _check_devices(
-        op, q, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-    )
-    check_dropout(op, dropout_p, seed)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    extras = Extras(
-        float(softcap or 0.0), alibi_slopes,
-        cu_seqlens_q=cu_seqlens_q.contiguous(), cu_seqlens_k=cu_seqlens_k.contiguous(),
-        max_seqlen_q=max(1, max_seqlen_q), max_seqlen_k=max(1, max_seqlen_k),
-    )  # fmt: skip
-    bounds = bounds_of(causal, window)
-    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    o, lse = _run(op, q, k, v, scale, bounds, dropout_p, seed, return_lse, extras)
-    o = o.squeeze(0)
-    return (o, lse.squeeze(0)) if return_lse and lse is not None else o

@@ -33,15 +33,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.tiles import (
-    Tile,
+from fastgpt.kernels.attention_tiles import (
     attention_flags,
     attention_tiles,
     by_pointers,
-    cdiv,
-    on_device,
     padded_head_dim,
 )
+from fastgpt.kernels.tiles import Tile, cdiv, on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Dropping the lower half of a float32's bits takes 0.0028 of it on average (1 / (512 ln 2), the

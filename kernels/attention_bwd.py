@@ -43,14 +43,13 @@ from fastgpt.kernels.attention import (
     _tile,
     kept,
 )
-from fastgpt.kernels.tiles import (
+from fastgpt.kernels.attention_tiles import (
     attention_tiles,
     by_pointers,
-    cdiv,
     dbias_tile,
-    on_device,
     padded_head_dim,
 )
+from fastgpt.kernels.tiles import cdiv, on_device
 
 
 @triton.jit

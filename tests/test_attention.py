@@ -175,7 +175,7 @@ def by_descriptors(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> list[bool]:
     """Tiles with or without descriptors from now on; -> whether each launch loads by them."""
     import fastgpt.kernels.attention as fwd
     import fastgpt.kernels.attention_bwd as bwd
-    from fastgpt.kernels.tiles import attention_tiles
+    from fastgpt.kernels.attention_tiles import attention_tiles
 
     taken: list[bool] = []
     loaded = fwd._loaded

@@ -177,7 +177,7 @@ def test_fastgpts_own_kernels_at_a_revision(tmp_path: Path) -> None:
     kernels.mkdir()
     for source in (ROOT / "kernels").glob("*.py"):
         text = source.read_text()
-        if source.name == "tiles.py":
+        if source.name == "attention_tiles.py":
             text = text.replace("_ATTENTION_FLOAT32 = {", "_ATTENTION_FLOAT32: dict = {")
             text = re.sub(r"\b(Tile|_tma)\(128, 128,", r"\1(64, 128,", text)
         (kernels / source.name).write_text(text)

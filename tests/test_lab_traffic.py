@@ -46,7 +46,7 @@ def layer_norm(M: int, N: int, rows: int) -> Launch:
     args |= {"seed_ptr": vector(1, "i64"), "stride_x": N, "stride_r": N, "M": M, "N": N}
     args |= {"eps": 1e-5, "threshold": 0, "keep_scale": 1.0, "ROWS": rows, "HAS_BIAS": True}
     args |= {"BLOCK_N": 1 << (N - 1).bit_length(), "HAS_RESIDUAL": False, "DROPOUT": False}
-    args |= {"PIECES": 1, "FULL": False, "CENTER": True}
+    args |= {"PIECES": 1, "FULL": False, "CENTER": True, "xb_ptr": narrow, "HAS_X_BIAS": False}
     return Launch("fastgpt/kernels/layer_norm.py:_fwd_kernel", args, (-(-M // rows),))
 
 

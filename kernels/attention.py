@@ -488,7 +488,7 @@ def attention_fwd(
         band = max(1, L2_BYTES // max(1, 2 * longest_k * D * k.element_size()))
         BH = H * (B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
         k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
-        tile = tile if tma else by_pointers(tile)
+        tile = tile if tma else by_pointers(tile, padded_head_dim(D), bias=bias is not None)
         _fwd_kernel[(cdiv(longest_q, tile.block_m) * BH,)](
             q, k_in, v_in, o, lse, seed,
             *_strides(q, cu_seqlens_q), *_strides(k, cu_seqlens_q), *_strides(v, cu_seqlens_q),

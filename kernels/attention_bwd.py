@@ -493,7 +493,7 @@ def attention_bwd(
         many = B if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
         tile = tiles.dq
         k_in, v_in, tma = _loaded(tile, tile.block_n, k, v, common)
-        tile = tile if tma else by_pointers(tile)
+        tile = tile if tma else by_pointers(tile, block_d, bias=bias is not None)
         _dq_kernel[(cdiv(longest_q, tile.block_m) * many * H,)](
             q, k_in, v_in, do, o, lse, dlse, nlse, ndelta, dq, seed, *_strides(o, cu_seqlens_q),
             *of_dlse, *numbers, scale, dq.stride(1), *common.rest, TMA=tma, HAS_DO=has_do,

@@ -130,7 +130,7 @@ _ATTENTION_EXTRAS = {
 }
 # float32, any chip: products on the plain FMA units, since TF32 would round the inputs.
 _ATTENTION_FLOAT32 = {
-    64: (Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 32, 8, 1)),
+    64: (Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(64, 16, 8, 1)),
     128: (Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
     256: (Tile(32, 16, 8, 1), Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)),
 }
@@ -161,8 +161,9 @@ def attention_tiles(
     return AttentionTiles(fwd, dkdv, dq)
 
 
-def by_pointers(tile: Tile, block_d: int = 0, accumulators: int = 1) -> Tile:
-    """A tile that was to be loaded by descriptors, and cannot be: addresses take registers too.
+def by_pointers(tile: Tile, block_d: int, accumulators: int = 1, bias: bool = False) -> Tile:
+    """A tile that was to be loaded by descriptors, and cannot be: addresses take registers too,
+    those of a bias as many again.
 
     A warp group's products have 64 rows: twice the warps would make each of them twice.
     """
@@ -170,8 +171,10 @@ def by_pointers(tile: Tile, block_d: int = 0, accumulators: int = 1) -> Tile:
         return tile
     if tile.block_m > 64:
         return replace(tile, num_warps=8, descriptors=False)
-    rows = 32 if accumulators > 1 and block_d > 64 else tile.block_m
-    return replace(tile, block_m=rows, num_stages=3, descriptors=False)
+    wide = block_d > 64
+    rows = 32 if accumulators > 1 and wide else tile.block_m
+    columns = 32 if bias and wide else tile.block_n
+    return replace(tile, block_m=rows, block_n=columns, num_stages=3, descriptors=False)
 
 
 def attention_flags(dtype: torch.dtype) -> dict[str, bool]:

@@ -129,7 +129,7 @@ class TestWidths:
     "target, instructions",
     [
         ("sm_80", {"HMMA.16816.F32.BF16": 2 * 128 * 64 * 64 // (16 * 8 * 16) // 4}),
-        ("sm_90", {"HGMMA.64x128x16.F32.BF16": 8, "HGMMA.64x64x16.F32.BF16": 16}),
+        ("sm_90", {"HGMMA.64x64x16.F32.BF16": 4 + 4}),
         ("sm_100", {"UTCHMMA": 4 + 8}),
         ("gfx942", {"v_mfma_f32_32x32x8_bf16": 2 * 128 * 64 * 64 // (32 * 32 * 8) // 4}),
     ],

@@ -1,7 +1,7 @@
 """One step of AdamW over lists of parameters, with clipping by the gradients' global norm."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -174,6 +174,20 @@ def _fused(group: AdamWGroup, factor: Tensor | None, skip: Tensor | None) -> Non
         torch._foreach_sub_(group.steps, [skip] * len(group.steps))
 
 
+def _by_copies(group: AdamWGroup, factor: Tensor | None, skip: Tensor | None) -> None:
+    """The same of 16-bit parameters with float32 moments, one after the other in float32."""
+    tensors = (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, group.steps)
+    for n, (p, g, m, v, step) in enumerate(zip(*tensors, strict=True)):
+        one = replace(
+            group, params=[p.to(torch.float32, copy=True)], grads=[g.float()], exp_avgs=[m],
+            exp_avg_sqs=[v], steps=[step], low=[],
+        )  # fmt: skip
+        _fused(one, factor, skip)
+        p.copy_(one.params[0])
+        if group.low:
+            group.low[n].copy_(one.params[0])
+
+
 def _plain(
     groups: Sequence[AdamWGroup], control: Tensor, grad_scale: Tensor | None,
     found_inf: Tensor | None, max_grad_norm: float | None, skip_nonfinite: bool,
@@ -185,12 +199,15 @@ def _plain(
     seen = 0
     for group in groups:
         tensors = (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs)
-        if len({t.dtype for column in tensors for t in column}) == 1 and (
-            seed is None or group.params[0].dtype != torch.bfloat16
-        ):
+        dtypes = [{t.dtype for t in column} for column in tensors]
+        rounds = seed is not None and torch.bfloat16 in dtypes[0]
+        narrow = dtypes[0] | dtypes[1] <= {torch.bfloat16, torch.float16, torch.float32}
+        if len(set().union(*dtypes)) == 1 and not rounds:
             _fused(group, factor, skip)
             if group.low:
                 torch._foreach_copy_(group.low, group.params)
+        elif narrow and dtypes[2] | dtypes[3] == {torch.float32} and not rounds:
+            _by_copies(group, factor, skip)
         else:
             for n, (p, g, m, v, step) in enumerate(zip(*tensors, group.steps, strict=True)):
                 low = group.low[n] if group.low else None

@@ -32,7 +32,7 @@ test-sanitized: .venv/dev
 	$(MAKE) --jobs 2 --output-sync sanitize-attention sanitize-rest
 
 SANITIZE := OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest -q -m gpu
-ATTENTION := tests/test_attention.py tests/test_attention_features.py
+ATTENTION := $(wildcard tests/test_attention*.py tests/test_functional*.py tests/test_transformer.py)
 sanitize-attention: .venv/dev
 	$(SANITIZE) $(ATTENTION) --every-kernel=attention
 sanitize-rest: .venv/dev

@@ -410,6 +410,7 @@ def test_compiles_in_one_graph() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(SANITIZED, reason="Dynamo cannot trace the stand-in of the sanitizer")
 def test_compiles_in_one_graph_through_the_kernels(device: str) -> None:
     calls = sizes(device)
     assert all(c.path == "triton" or c.op in ("gelu", "linear", "dropout")

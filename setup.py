@@ -1,6 +1,6 @@
 from setuptools import find_packages, setup
 
-TRAIN = ["jsonargparse[signatures]>=4.40", "tokenizers>=0.20", "tqdm>=4.66"]
+TRAIN = ["jsonargparse[signatures]>=4.49", "tokenizers>=0.20", "tqdm>=4.66"]
 
 HUGGINGFACE = ["transformers>=5.17,<6"]
 

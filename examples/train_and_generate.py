@@ -9,10 +9,15 @@ import torch
 
 import fastgpt
 from fastgpt.data import read_text
-from fastgpt.train import TrainConfig
+from fastgpt.train import BatchConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.train.run import prepare
 
-config = TrainConfig(steps=300, block_size=128, batch_size=8, lr=2e-3)
+config = TrainConfig(
+    steps=300,
+    model=ModelConfig(block_size=128),
+    batch=BatchConfig(rows=8),
+    optim=OptimConfig(lr=2e-3),
+)
 trainer = prepare(config, [read_text(path) for path in sys.argv[1:]])
 while not trainer.done:
     step = trainer.step()

@@ -6,6 +6,7 @@ traceback comes too.
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -115,19 +116,15 @@ def _train(argv: list[str]) -> int:
         "fastgpt train", description="Train a GPT on text files.", exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="UTF-8 text files")
-    parser.add_class_arguments(TrainConfig, skip={"data"})
-    # --n-layer is --n_layer, as the other commands write their options.
-    argv = [_underscored(word) if word.startswith("--") else word for word in argv]
+    parser.add_class_arguments(TrainConfig)
     try:
-        options = parser.parse_args(argv).as_dict()
+        options = parser.parse_args(_train_words(argv))
+        made = parser.instantiate(options).as_dict()
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise ValueError(f"fastgpt train: {error}; see fastgpt train --help") from None
-    options.pop("config")
-    resume = options.pop("resume")
-    config = TrainConfig(**options | {"data": tuple(options["data"])})
-    trainer = train(config, resume)
+    made.pop("config")
+    config = TrainConfig(**made)
+    trainer = train(config)
     folder = checkpoint.find(config.out)
     if trainer.done:
         print(f"done: {trainer.steps_done} steps, checkpoint {folder}")
@@ -136,9 +133,28 @@ def _train(argv: list[str]) -> int:
     return STOPPED
 
 
-def _underscored(option: str) -> str:
-    name, equals, value = option[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+def _train_words(argv: list[str]) -> list[str]:
+    """The command line as jsonargparse takes it: --n-layer is --n_layer, as the other commands
+    write theirs; --data.files takes several words; --resume alone means must."""
+    words: list[str] = []
+    at = 0
+    while at < len(argv):
+        word = argv[at]
+        at += 1
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        word = name.replace("-", "_").replace("__", "--", 1) + equals + value
+        end = at
+        while end < len(argv) and not argv[end].startswith("-"):
+            end += 1
+        if word == "--data.files" and end > at:
+            word, at = f"--data.files={json.dumps(argv[at:end])}", end
+        elif word == "--resume" and end == at:
+            word = "--resume=must"
+        words.append(word)
+    return words
 
 
 def _generate(argv: list[str]) -> int:

@@ -17,6 +17,15 @@ from fastgpt.lab import agreement
 from fastgpt.ops.backend import explain
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import TrainConfig, Trainer, checkpoint
+from fastgpt.train.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+)  # fmt: skip
 from fastgpt.train.loop import Step
 from fastgpt.train.run import open_folder, prepare, run
 
@@ -49,18 +58,17 @@ def demo(
     """
     begun = time.monotonic()
     config = TrainConfig(
-        data=tuple(text),
         out=out,
-        block_size=128,
-        steps=1500,
-        batch_size=8,
-        lr=1e-3,
-        beta2=0.99,
-        warmup=50,
         seed=seed,
+        steps=1500,
         max_seconds=60.0 * minutes,
-        eval_every=0,
-        save_every=0,
+        model=ModelConfig(block_size=128),
+        data=DataConfig(files=tuple(text)),
+        batch=BatchConfig(rows=8),
+        optim=OptimConfig(lr=1e-3, beta2=0.99),
+        schedule=ScheduleConfig(warmup=50),
+        eval=EvalConfig(every=0),
+        checkpoint=CheckpointConfig(every=0),
     )
     title, documents = _documents(text)
     trainer = prepare(config, documents)
@@ -92,7 +100,7 @@ def demo(
     if not trainer.done:
         print(f"stopped after {trainer.steps_done} steps")
         return False
-    tokens = trainer.steps_done * c.block_size * config.batch_size
+    tokens = trainer.steps_done * c.block_size * trainer.rows
     print(
         f"{trainer.steps_done} steps, {tokens:,} tokens ({tokens / len(train):.1f} times the text)"
         f" in {trainer.seconds:.0f} s"

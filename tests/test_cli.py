@@ -13,14 +13,19 @@ import pytest
 import torch
 
 from fastgpt import cli
-from fastgpt.train import TrainConfig, Trainer, checkpoint, load
+from fastgpt.train import DataConfig, ModelConfig, TrainConfig, Trainer, checkpoint, load
 from fastgpt.train.run import prepare
 
 TEXT = "\n\n".join(f"In year {n} a fox met {n * n} dogs; 白日依山尽 {n}." for n in range(300))
 SHAPE = [
-    "--vocab_size", "300", "--block_size", "16", "--n_layer", "1", "--n_head", "1", "--n_embd", "8",
-    "--batch_size", "2", "--device", "cpu",
+    "--data.vocab_size", "300", "--model.block_size", "16", "--model.n_layer", "1",
+    "--model.n_head", "1", "--model.n_embd", "8", "--batch.rows", "2", "--device", "cpu",
 ]  # fmt: skip
+
+
+def small() -> TrainConfig:
+    shape = ModelConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)
+    return TrainConfig(device="cpu", model=shape, data=DataConfig(vocab_size=300))
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = TrainConfig(vocab_size=300, block_size=16, n_layer=1, n_head=1, n_embd=8, device="cpu")
+    config = small()
     out = tmp_path_factory.mktemp("trained")
     trainer = prepare(config, [TEXT])
     trainer.step()
@@ -70,7 +75,17 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 def test_train_then_generate(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    args = ["train", "--data", str(text), "--out", str(out), "--steps", "6", "--log_every", "2"]
+    args = [
+        "train",
+        "--data.files",
+        str(text),
+        "--out",
+        str(out),
+        "--steps",
+        "6",
+        "--log.every",
+        "2",
+    ]
     made = command(*args, *SHAPE)
     assert made.returncode == 0, made.stderr
     assert made.stdout.startswith("done: 6 steps, checkpoint ")
@@ -88,7 +103,7 @@ def test_train_then_generate(text: Path, tmp_path: Path) -> None:
 
 def test_a_configuration_is_a_file(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    args = ["train", "--data", str(text), "--out", str(out), "--steps", "2", *SHAPE]
+    args = ["train", "--data.files", str(text), "--out", str(out), "--steps", "2", *SHAPE]
     assert cli.main(args) == 0
     again = tmp_path / "again"
     assert cli.main(["train", "--config", str(out / "run.yaml"), "--out", str(again)]) == 0
@@ -101,7 +116,17 @@ def test_several_files_are_trained_on(text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(TEXT.upper(), encoding="utf-8")
     out = tmp_path / "run"
-    args = ["train", "--data", str(text), str(other), "--out", str(out), "--steps", "1", *SHAPE]
+    args = [
+        "train",
+        "--data.files",
+        str(text),
+        str(other),
+        "--out",
+        str(out),
+        "--steps",
+        "1",
+        *SHAPE,
+    ]
     assert cli.main(args) == 0
     assert "FOX" in load(out)[1].decode(list(range(300)))
 
@@ -109,11 +134,11 @@ def test_several_files_are_trained_on(text: Path, tmp_path: Path) -> None:
 def test_print_config_prints_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     import yaml  # type: ignore[import-untyped]
 
-    made = command("train", "--n-layer", "3", "--print_config")
+    made = command("train", "--model.n-layer", "3", "--print_config")
     assert made.returncode == 0
     printed = yaml.safe_load(made.stdout)
-    assert printed["n_layer"] == 3
-    assert printed["lr"] == TrainConfig().lr
+    assert printed["model"]["n_layer"] == 3
+    assert printed["optim"]["lr"] == TrainConfig().optim.lr
 
 
 @pytest.mark.parametrize(
@@ -160,8 +185,8 @@ def test_a_closed_pipe_is_no_error(run_folder: Path) -> None:
 
 def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    args = ["train", "--data", str(text), "--out", str(out), "--steps", "100000", *SHAPE]
-    args += ["--log_every", "1"]
+    args = ["train", "--data.files", str(text), "--out", str(out), "--steps", "100000", *SHAPE]
+    args += ["--log.every", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastgpt", *args],
         stdout=subprocess.PIPE,
@@ -188,7 +213,9 @@ def test_ctrl_c_saves_and_resume_goes_on(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_refusal_is_one_line_without_a_traceback(tmp_path: Path) -> None:
-    made = command("train", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path / "run"))
+    made = command(
+        "train", "--data.files", str(tmp_path / "none.txt"), "--out", str(tmp_path / "run")
+    )
     assert made.returncode == 2
     assert made.stdout == ""
     assert made.stderr.count("\n") == 1
@@ -224,7 +251,7 @@ def test_bad_text_is_refused(
     if content is not None:
         path.write_bytes(content)
     before = list(tmp_path.iterdir())
-    option = "--text" if command == "demo" else "--data"
+    option = "--text" if command == "demo" else "--data.files"
     line = refused(capsys, command, option, str(path), "--out", str(tmp_path / "new" / "run"))
     assert line.startswith(message.format(path=path))
     assert list(tmp_path.iterdir()) == before
@@ -239,7 +266,7 @@ def test_a_folder_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_an_unwritable_folder_is_refused(
     text: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    option = "--text" if command == "demo" else "--data"
+    option = "--text" if command == "demo" else "--data.files"
     args = [command, option, str(text), "--out", str(text / "run")]
     line = refused(capsys, *args, *(SHAPE if command == "train" else []))
     assert line == f"out: the folder must be writable; got {text / 'run'} (Not a directory)"
@@ -256,9 +283,9 @@ def test_an_unwritable_folder_is_refused(
         (["demo", "--minutes", "x"], "fastgpt demo: argument --minutes: invalid float value: 'x'"),
         (["demo", "--minutes", "0"], "train: max_seconds must be positive; got 0.0"),
         (["demo", "--fast"], "fastgpt demo: unrecognized arguments: --fast"),
-        (["train"], "train: data must name at least one text file; got none"),
-        (["train", "--lr", "-1"], "train: lr must be positive; got -1.0"),
-        (["train", "--lr", "fast"], "fastgpt train: "),
+        (["train"], "train: data.files must name at least one text file; got none"),
+        (["train", "--optim.lr", "-1"], "optim: lr must be positive; got -1.0"),
+        (["train", "--optim.lr", "fast"], "fastgpt train: "),
         (["train", "--speed", "1"], "fastgpt train: "),
         (["train", "--config", "/none.yaml"], "fastgpt train: "),
         (["train", "--device", "tpu9"], "train: the device must be one that is here; got 'tpu9'"),
@@ -319,7 +346,16 @@ def test_a_broken_checkpoint_is_refused(
 def test_a_second_run_does_not_overwrite_the_first(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["train", "--data", str(text), "--out", str(tmp_path / "run"), "--steps", "1", *SHAPE]
+    args = [
+        "train",
+        "--data.files",
+        str(text),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+        *SHAPE,
+    ]
     assert cli.main(args) == 0
     capsys.readouterr()
     assert refused(capsys, *args).startswith("train: out must not hold a run, except to resume it")
@@ -333,7 +369,7 @@ def test_a_full_disk_is_said(
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     out = tmp_path / "run"
-    args = ["train", "--data", str(text), "--out", str(out), "--steps", "1", *SHAPE]
+    args = ["train", "--data.files", str(text), "--out", str(out), "--steps", "1", *SHAPE]
     assert cli.main(args) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not list(out.glob("*step-*"))
@@ -352,5 +388,5 @@ def test_import_is_cheap_and_asks_nothing() -> None:
 
 
 def test_a_trainer_can_be_made_without_a_file() -> None:
-    config = TrainConfig(vocab_size=300, block_size=16, n_layer=1, n_head=1, n_embd=8, device="cpu")
+    config = small()
     assert isinstance(prepare(config, [TEXT]), Trainer)

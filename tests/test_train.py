@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,46 @@ from safetensors.torch import load_file, save_file
 
 from fastgpt.model import GPT
 from fastgpt.train import TrainConfig, Trainer, checkpoint, load, train
-from fastgpt.train.run import interrupts, prepare, to_yaml
+from fastgpt.train.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    flat,
+    to_yaml,
+)  # fmt: skip
+from fastgpt.train.run import interrupts, prepare
 
 TEXT = "\n\n".join(
     f"In year {n} the {'quick' if n % 3 else 'slow'} fox met {n * n} dogs; 白日依山尽 {n}."
     for n in range(300)
 )
 CONFIG = TrainConfig(
-    vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2, steps=12,
-    batch_size=4, lr=3e-3, warmup=3, eval_every=5, save_every=4, log_every=1, device="cpu",
-)  # fmt: skip
+    steps=12,
+    device="cpu",
+    model=ModelConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2),
+    data=DataConfig(vocab_size=300),
+    batch=BatchConfig(rows=4),
+    optim=OptimConfig(lr=3e-3),
+    schedule=ScheduleConfig(warmup=3),
+    eval=EvalConfig(every=5),
+    checkpoint=CheckpointConfig(every=4),
+    log=LogConfig(every=1),
+)
+
+
+def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """A configuration with other values, by dotted names."""
+    for name, value in changes.items():
+        group, _, field = name.rpartition(".")
+        if group:
+            name, value = group, replace(getattr(config, group), **{field: value})
+        config = replace(config, **{name: value})
+    return config
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +73,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def trainer(**changes: Any) -> Trainer:
-    return prepare(replace(CONFIG, **changes), [TEXT])
+def trainer(changes: dict[str, Any] | None = None, **top: Any) -> Trainer:
+    return prepare(changed(CONFIG, {**(changes or {}), **top}), [TEXT])
 
 
 def weights(t: Trainer) -> dict[str, torch.Tensor]:
@@ -62,7 +92,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, precision: str) -> None:
 
     first = trainer(precision=precision)
     assert [first.step() for _ in range(6)] == losses[:6]
-    first.save(tmp_path, {"config": asdict(first.config)})
+    first.save(tmp_path, {"config": flat(first.config)})
     torch.manual_seed(99)
     second = trainer(precision=precision)
     second.restore(checkpoint.find(tmp_path))
@@ -75,13 +105,15 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, precision: str) -> None:
 
 
 def test_dropout_matters_to_that_test() -> None:
-    a, b = trainer(), trainer(dropout=0.0)
+    a, b = trainer(), trainer({"model.dropout": 0.0})
     assert a.step().loss != b.step().loss
 
 
 def test_accumulated_batches_are_one_batch() -> None:
-    one = trainer(batch_size=8, accumulate=1, dropout=0.0, precision="float32")
-    four = trainer(batch_size=2, accumulate=4, dropout=0.0, precision="float32")
+    one = trainer({"batch.rows": 8, "model.dropout": 0.0}, precision="float32")
+    four = trainer(
+        {"batch.rows": 2, "batch.tokens": 8 * 16, "model.dropout": 0.0}, precision="float32"
+    )
     for _ in range(3):
         a, b = one.step(), four.step()
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
@@ -89,7 +121,10 @@ def test_accumulated_batches_are_one_batch() -> None:
 
 
 def test_the_gradient_is_clipped() -> None:
-    free, bound = trainer(clip=0.0, dropout=0.0), trainer(clip=1e-9, dropout=0.0)
+    free, bound = (
+        trainer({"optim.clip": 0.0, "model.dropout": 0.0}),
+        trainer({"optim.clip": 1e-9, "model.dropout": 0.0}),
+    )
     before = weights(free)
     assert free.step().grad_norm == bound.step().grad_norm > 0.0
     # AdamW divides by the gradient's size, save for its eps: a norm far below it moves nothing.
@@ -101,7 +136,7 @@ def test_the_gradient_is_clipped() -> None:
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    t = trainer(steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    t = trainer({"schedule.warmup": 10, "optim.lr": 1.0, "schedule.floor": 0.1}, steps=100)
     rates = []
     for n in range(100):
         t.steps_done = n
@@ -114,12 +149,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_time_that_is_over_ends_the_run_on_a_low_learning_rate() -> None:
-    t = trainer(steps=10**6, max_seconds=10.0, min_lr=0.1, warmup=0)
+    t = trainer({"schedule.floor": 0.1, "schedule.warmup": 0}, steps=10**6, max_seconds=10.0)
     t.seconds = 5.0
-    assert t.learning_rate() == pytest.approx(CONFIG.lr * 0.55)
+    assert t.learning_rate() == pytest.approx(CONFIG.optim.lr * 0.55)
     t.seconds = 10.0
     assert t.done
-    assert t.learning_rate() == pytest.approx(CONFIG.lr * 0.1)
+    assert t.learning_rate() == pytest.approx(CONFIG.optim.lr * 0.1)
 
 
 def test_bits_per_byte_are_the_bits_of_the_bytes() -> None:
@@ -139,22 +174,22 @@ def test_bits_per_byte_are_the_bits_of_the_bytes() -> None:
 
 
 def test_an_evaluation_of_some_windows_is_from_all_over_the_text() -> None:
-    t = trainer(eval_windows=3)
+    t = trainer({"eval.windows": 3})
     T, tokens = 16, t.held_out.tokens
     windows = (len(tokens) - 1) // T
     assert windows > 6
     parts = [tokens[w * T : w * T + T + 1] for w in (0, windows // 3, 2 * windows // 3)]
-    three = replace(t.config, eval_windows=0)
+    three = changed(t.config, {"eval.windows": 0})
     losses = [
         Trainer(three, t.model, t.tokenizer, t.batches.tokens, part).evaluate().loss
         for part in parts
     ]
     assert t.evaluate().loss == pytest.approx(sum(losses) / 3, rel=1e-3)
-    assert t.evaluate().loss != trainer(eval_windows=0).evaluate().loss
+    assert t.evaluate().loss != trainer({"eval.windows": 0}).evaluate().loss
 
 
 def test_it_learns() -> None:
-    t = trainer(steps=150, lr=5e-3, dropout=0.0, batch_size=16)
+    t = trainer({"optim.lr": 5e-3, "model.dropout": 0.0, "batch.rows": 16}, steps=150)
     before = t.evaluate()
     while not t.done:
         t.step()
@@ -342,7 +377,8 @@ def test_rejects_a_folder_that_is_none(tmp_path: Path) -> None:
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return replace(CONFIG, data=(str(tmp_path / "text.txt"),), out=str(tmp_path / "run"))
+    data = (str(tmp_path / "text.txt"),)
+    return changed(CONFIG, {"data.files": data, "out": str(tmp_path / "run")})
 
 
 def log(out: str) -> list[dict[str, Any]]:
@@ -374,7 +410,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     # A process killed later would have left lines that the checkpoint does not know.
     with open(tmp_path / "cut" / "log.jsonl", "a") as file:
         file.write('{"step": 8, "loss": 0.0}\n{"step": 9, "lo')
-    resumed = train(cut, resume=True)
+    resumed = train(replace(cut, resume="must"))
     assert resumed.done
     assert same(weights(resumed), weights(whole))
     assert log(cut.out) == log(config.out)
@@ -391,7 +427,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
 
 def test_a_run_that_is_done_stays_done(config: TrainConfig) -> None:
     first = train(config)
-    again = train(config, resume=True)
+    again = train(replace(config, resume="auto"))
     assert again.steps_done == first.steps_done == 12
     assert same(weights(first), weights(again))
 
@@ -399,10 +435,10 @@ def test_a_run_that_is_done_stays_done(config: TrainConfig) -> None:
 def test_a_run_keeps_its_numbers(config: TrainConfig) -> None:
     train(config)
     with pytest.raises(
-        ValueError, match=r"^train: a resumed run must keep its lr, 0.003; got 0.1$"
+        ValueError, match=r"^train: a resumed run must keep its optim.lr, 0.003; got 0.1$"
     ):
-        train(replace(config, lr=0.1), resume=True)
-    train(replace(config, log_every=5), resume=True)
+        train(changed(config, {"optim.lr": 0.1, "resume": "must"}))
+    train(changed(config, {"log.every": 5, "resume": "must"}))
 
 
 def test_a_run_is_not_written_over(config: TrainConfig) -> None:
@@ -416,7 +452,8 @@ def test_a_run_is_not_written_over(config: TrainConfig) -> None:
 def test_a_tokenizer_can_be_given(config: TrainConfig, tmp_path: Path) -> None:
     t = train(replace(config, steps=1))
     path = checkpoint.find(config.out) / "tokenizer.json"
-    other = replace(config, steps=1, tokenizer=str(path), vocab_size=999, out=str(tmp_path / "b"))
+    changes = {"data.tokenizer": str(path), "data.vocab_size": 999, "out": str(tmp_path / "b")}
+    other = changed(config, {"steps": 1, **changes})
     assert train(other).tokenizer.token_bytes == t.tokenizer.token_bytes
 
 
@@ -430,9 +467,9 @@ def test_resume_rejects_damage(config: TrainConfig) -> None:
             if content is not None:
                 (folder / name).write_bytes(content)
             with pytest.raises(ValueError, match=r"^checkpoint: [^\n]*$"):
-                train(replace(config, steps=2), resume=True)
+                train(replace(config, steps=2, resume="must"))
         shutil.copy(kept / name, folder / name)
-    assert train(replace(config, steps=2), resume=True).done
+    assert train(replace(config, steps=2, resume="must")).done
 
 
 def test_signals_are_as_before_afterwards() -> None:
@@ -451,35 +488,76 @@ def test_signals_are_as_before_afterwards() -> None:
     "change, message",
     [
         ({"steps": 0}, r"train: steps must be at least 1; got 0"),
-        ({"batch_size": -1}, r"train: batch_size must be at least 1; got -1"),
-        ({"warmup": -1}, r"train: warmup must not be negative; got -1"),
-        ({"beta2": 1.0}, r"train: beta2 must lie in \[0, 1\); got 1.0"),
-        ({"lr": 0.0}, r"train: lr must be positive; got 0.0"),
-        ({"lr": float("nan")}, r"train: lr must be positive; got nan"),
-        ({"min_lr": 2.0}, r"train: min_lr is a share of lr, in \[0, 1\]; got 2.0"),
-        ({"held_out": 1.0}, r"train: held_out must lie in \(0, 1\); got 1.0"),
+        ({"batch.rows": -1}, r"batch: rows must be at least 1; got -1"),
+        ({"schedule.warmup": -1}, r"schedule: warmup must not be negative; got -1"),
+        ({"optim.beta2": 1.0}, r"optim: beta2 must lie in \[0, 1\); got 1.0"),
+        ({"optim.lr": 0.0}, r"optim: lr must be positive; got 0.0"),
+        ({"optim.lr": float("nan")}, r"optim: lr must be positive; got nan"),
+        ({"schedule.floor": 2.0}, r"schedule: floor is a share of lr, in \[0, 1\]; got 2.0"),
+        ({"data.held_out": 1.0}, r"data: held_out must lie in \(0, 1\); got 1.0"),
         ({"max_seconds": 0.0}, r"train: max_seconds must be positive; got 0.0"),
+        ({"resume": "maybe"}, r"train: resume must be one of never, auto, must; got 'maybe'"),
+        ({"eval.every": -1}, r"eval: every must not be negative; got -1"),
         ({"precision": "int8"}, r"train: precision must be one of .*; got 'int8'"),
-        ({"preset": "gpt9"}, r"GPTConfig: the preset must be one of .*; got 'gpt9'"),
-        ({"n_head": 3}, r"GPTConfig: n_embd must be a multiple of n_head.*"),
-        ({"dropout": -0.1}, r"GPTConfig: dropout must lie in \[0, 1\); got -0.1"),
+        ({"model.preset": "gpt9"}, r"GPTConfig: the preset must be one of .*; got 'gpt9'"),
+        ({"model.n_head": 3}, r"GPTConfig: n_embd must be a multiple of n_head.*"),
+        ({"model.dropout": -0.1}, r"GPTConfig: dropout must lie in \[0, 1\); got -0.1"),
     ],
     ids=str,
 )
 def test_rejects_a_configuration(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{message}$"):
-        replace(CONFIG, **change)
+        changed(CONFIG, change)
 
 
 def test_the_configuration_reads_back(config: TrainConfig) -> None:
     import yaml  # type: ignore[import-untyped]
 
     read = yaml.safe_load(to_yaml(config))
-    read["data"] = tuple(read["data"])
-    assert TrainConfig(**read) == config
+    groups = {name for name, value in read.items() if isinstance(value, dict)}
+    dotted = {f"{g}.{k}": v for g in groups for k, v in read.pop(g).items()}
+    dotted["data.files"] = tuple(dotted["data.files"])
+    assert changed(TrainConfig(), {**read, **dotted}) == config
+    assert "model" in groups and "optim" in groups
+
+
+@pytest.mark.parametrize(
+    "tokens, rows, ranks, want",
+    [
+        (None, 4, 1, (4, 1)), (None, 4, 2, (4, 1)), (64, 4, 1, (4, 1)), (128, 4, 1, (8, 2)),
+        (128, 4, 2, (8, 1)), (96, 4, 1, (6, 2)), (7 * 16, 4, 1, (7, 7)), (16, 4, 1, (1, 1)),
+    ],
+)  # fmt: skip
+def test_accumulation_is_worked_out(
+    tokens: int | None, rows: int, ranks: int, want: tuple[int, int]
+) -> None:
+    assert BatchConfig(tokens, rows).split(16, ranks) == want
+
+
+@pytest.mark.parametrize(
+    "tokens, ranks, message",
+    [
+        (17, 1, r"^batch: tokens must be a multiple of block_size 16; got 17$"),
+        (3 * 16, 2, r"^batch: a step's 3 rows of 16 tokens must divide among 2 ranks; they do not"),
+    ],
+)
+def test_rejects_a_batch_that_does_not_divide(tokens: int, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchConfig(tokens, 4).split(16, ranks)
+
+
+def test_auto_begins_a_run_or_goes_on(config: TrainConfig) -> None:
+    first = train(changed(config, {"steps": 3, "resume": "auto"}))
+    again = train(changed(config, {"steps": 3, "resume": "auto"}))
+    assert first.done and again.done
+    assert same(weights(first), weights(again))
+    with pytest.raises(ValueError, match=r"^train: out must not hold a run"):
+        train(replace(config, steps=3))
+    with pytest.raises(ValueError, match=r"^checkpoint: "):
+        train(changed(config, {"out": config.out + "2", "resume": "must"}))
 
 
 def test_a_model_of_another_shape_is_not_restored(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"^checkpoint: the model must have the run's shape; got"):
-        trainer(n_layer=1).restore(saved)
+        trainer({"model.n_layer": 1}).restore(saved)
     assert isinstance(load(saved)[0], GPT)

@@ -1,22 +1,208 @@
-"""What a training run is told: one frozen dataclass, whose fields are the command's options."""
+"""What a training run is told: frozen dataclasses, whose fields are the command's options.
 
-from dataclasses import dataclass, replace
+A group is a field of TrainConfig: `--optim.lr 1e-3` is `optim: {lr: 1e-3}` in YAML.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from fastgpt.model import GPTConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+RESUME = ("never", "auto", "must")
 
-# Fields that may differ between the two halves of a resumed run.
+# Fields, or whole groups, that may differ between the parts of a resumed run.
 FREE = (
-    "data",
-    "out",
-    "tokenizer",
-    "device",
-    "max_seconds",
-    "log_every",
-    "eval_every",
-    "save_every",
-)
+    "out", "device", "max_seconds", "resume", "data.files", "data.tokenizer", "eval", "checkpoint",
+    "log",
+)  # fmt: skip
+
+
+def _at_least(low: float, group: str, config: Any, *names: str) -> None:
+    for name in names:
+        if not (value := getattr(config, name)) >= low:
+            rule = "must not be negative" if low == 0 else f"must be at least {low}"
+            raise ValueError(f"{group}: {name} {rule}; got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model's shape.
+
+    Attributes:
+        preset: a name that GPTConfig.preset knows; the other fields change it where they are given.
+        block_size: the context, in tokens.
+        n_layer: blocks.
+        n_head: heads.
+        n_embd: width.
+        dropout: probability.
+    """
+
+    preset: str = "tiny"
+    block_size: int | None = None
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.shape(1)
+
+    def shape(self, vocab_size: int) -> GPTConfig:
+        """The model's configuration, for a tokenizer of vocab_size ids."""
+        given = {k: v for k, v in asdict(self).items() if k != "preset" and v is not None}
+        return replace(GPTConfig.preset(self.preset), vocab_size=vocab_size, **given)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+        files: UTF-8 text files.
+        tokenizer: a tokenizer.json to use; None trains one on the training part.
+        vocab_size: ids of a tokenizer that is trained.
+        held_out: share of the text that is held out to evaluate on.
+    """
+
+    files: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(f"data: held_out must lie in (0, 1); got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How much one optimizer step reads.
+
+    Attributes:
+        tokens: of a step, over all ranks and forward passes; None is one forward pass of `rows`.
+        rows: the most windows of block_size tokens in a rank's forward pass. How many passes make
+            a step follows from both: as few as divide it evenly.
+    """
+
+    tokens: int | None = None
+    rows: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least(1, "batch", self, "rows")
+        if self.tokens is not None:
+            _at_least(1, "batch", self, "tokens")
+
+    def split(self, block_size: int, ranks: int = 1) -> tuple[int, int]:
+        """A step's rows over all ranks, and into how many forward passes each rank cuts its share.
+
+        Raises:
+            ValueError: the tokens of a step are no whole rows, or the rows no whole shares.
+        """
+        tokens = self.rows * block_size if self.tokens is None else self.tokens
+        rows, rest = divmod(tokens, block_size)
+        if rest or not rows:
+            raise ValueError(
+                f"batch: tokens must be a multiple of block_size {block_size}; got {tokens}"
+            )
+        own, rest = divmod(rows, ranks)
+        if rest:
+            raise ValueError(
+                f"batch: a step's {rows} rows of {block_size} tokens must divide among {ranks}"
+                " ranks; they do not"
+            )
+        passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= self.rows)
+        return rows, passes
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW.
+
+    Attributes:
+        lr: the highest learning rate.
+        weight_decay: of matrices and embeddings.
+        beta1: decay of the first moment.
+        beta2: decay of the second.
+        clip: the largest norm of all gradients together; 0 for no bound.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least(0, "optim", self, "weight_decay", "clip")
+        if not self.lr > 0.0:
+            raise ValueError(f"optim: lr must be positive; got {self.lr}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+                raise ValueError(f"optim: {name} must lie in [0, 1); got {value}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run.
+
+    Attributes:
+        warmup: steps over which it rises from 0.
+        floor: what it falls to, as a share of the highest.
+    """
+
+    warmup: int = 100
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least(0, "schedule", self, "warmup")
+        if not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"schedule: floor is a share of lr, in [0, 1]; got {self.floor}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When held-out text is predicted, and how much of it.
+
+    Attributes:
+        every: steps between evaluations; 0 for one at the end only.
+        windows: the most windows of held-out text, from all over it; 0 for all.
+    """
+
+    every: int = 200
+    windows: int = 512
+
+    def __post_init__(self) -> None:
+        _at_least(0, "eval", self, "every", "windows")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved.
+
+    Attributes:
+        every: steps between checkpoints; 0 for one at the end only.
+    """
+
+    every: int = 500
+
+    def __post_init__(self) -> None:
+        _at_least(0, "checkpoint", self, "every")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written about the run.
+
+    Attributes:
+        every: steps between lines of the log.
+    """
+
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least(1, "log", self, "every")
 
 
 @dataclass(frozen=True)
@@ -24,103 +210,91 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        data: UTF-8 text files to train on.
         out: the folder of the run: checkpoints, log.jsonl, the token arrays.
-        tokenizer: a tokenizer.json to use; None trains one on the training part.
-        vocab_size: ids of a tokenizer that is trained.
-        held_out: share of the text that is held out to evaluate on.
-        preset: the model's shape; the fields down to n_embd change it where they are given.
-        block_size: the context, in tokens.
-        n_layer: blocks.
-        n_head: heads.
-        n_embd: width.
-        dropout: probability.
-        steps: optimizer steps.
-        batch_size: windows of block_size tokens in one forward pass.
-        accumulate: forward passes to one optimizer step.
-        lr: the highest learning rate.
-        min_lr: the learning rate at the end, as a share of lr.
-        warmup: steps over which the learning rate rises from 0.
-        weight_decay: of matrices and embeddings.
-        beta1: AdamW's.
-        beta2: AdamW's.
-        clip: the largest norm of all gradients together; 0 for no bound.
         seed: of the split, the weights, the order of the data and dropout.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it.
-        device: "auto" (CUDA if there is one), "cpu", "cuda", ...
+        steps: optimizer steps.
         max_seconds: if given, stop after this time; the learning rate then falls with the steps or
             with the time, whichever is further on.
-        log_every: steps between lines of the log.
-        eval_every: steps between evaluations; 0 for one at the end only.
-        eval_windows: the most windows of held-out text that are evaluated, from all over it; 0 for
-            all.
-        save_every: steps between checkpoints; 0 for one at the end only.
+        device: "auto" (CUDA if there is one), "cpu", "cuda", ...
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it.
+        resume: "never" begins a run and refuses a folder that holds one; "must" goes on with the
+            run there; "auto" goes on if there is one and begins it otherwise.
+        model: its shape.
+        data: what is trained on.
+        batch: how much one step reads.
+        optim: the optimizer.
+        schedule: the learning rate over the run.
+        eval: when held-out text is predicted.
+        checkpoint: when the run is saved.
+        log: what is written about it.
     """
 
-    data: tuple[str, ...] = ()
     out: str = "runs/train"
-    tokenizer: str | None = None
-    vocab_size: int = 2048
-    held_out: float = 0.1
-    preset: str = "tiny"
-    block_size: int | None = None
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
-    dropout: float = 0.0
-    steps: int = 1000
-    batch_size: int = 16
-    accumulate: int = 1
-    lr: float = 1e-3
-    min_lr: float = 0.1
-    warmup: int = 100
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
     seed: int = 0
-    precision: str = "auto"
-    device: str = "auto"
+    steps: int = 1000
     max_seconds: float | None = None
-    log_every: int = 10
-    eval_every: int = 200
-    eval_windows: int = 512
-    save_every: int = 500
+    device: str = "auto"
+    precision: str = "auto"
+    resume: str = "never"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"train: {name} must be at least 1; got {value}")
-        for name in (
-            "warmup", "seed", "eval_every", "eval_windows", "save_every",
-            "weight_decay", "clip",
-        ):  # fmt: skip
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"train: {name} must not be negative; got {value}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= (value := getattr(self, name)) < 1.0:
-                raise ValueError(f"train: {name} must lie in [0, 1); got {value}")
-        if not self.lr > 0.0:
-            raise ValueError(f"train: lr must be positive; got {self.lr}")
-        if not 0.0 <= self.min_lr <= 1.0:
-            raise ValueError(f"train: min_lr is a share of lr, in [0, 1]; got {self.min_lr}")
-        if not 0.0 < self.held_out < 1.0:
-            raise ValueError(f"train: held_out must lie in (0, 1); got {self.held_out}")
+        _at_least(1, "train", self, "steps")
+        _at_least(0, "train", self, "seed")
         if self.max_seconds is not None and not self.max_seconds > 0.0:
             raise ValueError(f"train: max_seconds must be positive; got {self.max_seconds}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"train: precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}"
-            )
-        self.model(1)
+        for name, known in (("precision", PRECISIONS), ("resume", RESUME)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"train: {name} must be one of {', '.join(known)}; got {value!r}")
 
-    def model(self, vocab_size: int) -> GPTConfig:
-        """The model's shape, for a tokenizer of vocab_size ids."""
-        shape = {
-            name: value
-            for name in ("block_size", "n_layer", "n_head", "n_embd")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(
-            GPTConfig.preset(self.preset), vocab_size=vocab_size, dropout=self.dropout, **shape
-        )
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every field by its dotted name, as JSON holds it: {"steps": 1000, "optim.lr": 1e-3, ...}."""
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(f"{prefix}{name}.", value)
+            else:
+                found[prefix + name] = value
+
+    walk("", json.loads(json.dumps(asdict(config))))
+    return found
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as `fastgpt train --config` reads it; JSON values are YAML values."""
+    lines = []
+    for name, value in asdict(config).items():
+        if isinstance(value, dict):
+            lines.append(f"{name}:")
+            lines += [f"  {k}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items()]
+        else:
+            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+def check_same_run(before: dict[str, Any], now: TrainConfig) -> None:
+    """A resumed run must keep what makes its numbers.
+
+    Args:
+        before: `flat` of the run's configuration when it was saved.
+
+    Raises:
+        ValueError: a field that is not FREE differs.
+    """
+    for name, value in flat(now).items():
+        if name in FREE or name.split(".")[0] in FREE:
+            continue
+        if before.get(name) != value:
+            raise ValueError(
+                f"train: a resumed run must keep its {name}, {before.get(name)}; got {value}"
+            )

@@ -102,12 +102,14 @@ class Trainer:
         self.device = pick_device(config.device)
         self.dtype = pick_precision(config.precision, self.device)
         self.model = model.to(self.device)
+        o = config.optim
         self.optimizer = self.model.configure_optimizer(
-            config.lr, config.weight_decay, (config.beta1, config.beta2),
-            max_grad_norm=config.clip if config.clip > 0.0 else math.inf,
+            o.lr, o.weight_decay, (o.beta1, o.beta2),
+            max_grad_norm=o.clip if o.clip > 0.0 else math.inf,
         )  # fmt: skip
         T = model.config.block_size
-        self.batches = Batches(train_tokens, T, config.batch_size, config.seed)
+        self.rows, self.passes = config.batch.split(T)
+        self.batches = Batches(train_tokens, T, self.rows, config.seed)
         self.held_out = Batches(held_out_tokens, T, EVAL_ROWS)
         self.steps_done = 0
         self.seconds = 0.0  # spent in training and evaluation, also before a resume
@@ -127,14 +129,14 @@ class Trainer:
         return min(1.0, max(self.steps_done / c.steps, spent))
 
     def learning_rate(self) -> float:
-        """Of the next step: a linear rise over the warm-up, then half a cosine down to min_lr.
+        """Of the next step: a linear rise over the warm-up, then half a cosine down to the floor.
 
         Loshchilov, Hutter, SGDR, 2017, https://arxiv.org/abs/1608.03983, eq. 5.
         """
-        c = self.config
+        c = self.config.schedule
         rise = (self.steps_done + 1) / c.warmup if self.steps_done < c.warmup else 1.0
         fall = 0.5 * (1.0 + math.cos(math.pi * self.progress()))
-        return c.lr * min(rise, c.min_lr + (1.0 - c.min_lr) * fall)
+        return self.config.optim.lr * min(rise, c.floor + (1.0 - c.floor) * fall)
 
     def step(self) -> Step:
         """Make one optimizer step."""
@@ -146,10 +148,11 @@ class Trainer:
         torch.manual_seed(int(np.random.default_rng((c.seed, self.steps_done)).integers(2**62)))
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for i in range(c.accumulate):
-            x, y = self._to_device(*self.batches(self.steps_done * c.accumulate + i))
+        x, y = self.batches(self.steps_done)
+        for inputs, targets in zip(x.chunk(self.passes), y.chunk(self.passes), strict=True):
+            inputs, targets = self._to_device(inputs, targets)
             with self._autocast():
-                loss = self.model(x, y) / c.accumulate
+                loss = self.model(inputs, targets) / self.passes
             loss.backward()
             total += loss.detach()
         self.optimizer.step()
@@ -167,7 +170,7 @@ class Trainer:
         self.model.eval()
         T, tokens = self.held_out.block_size, self.held_out.tokens
         windows = (len(tokens) - 1) // T
-        n = min(windows, self.config.eval_windows or windows)
+        n = min(windows, self.config.eval.windows or windows)
         chosen = [i * windows // n for i in range(n)]
         nats, count, length = 0.0, 0, 0
         for at in range(0, n, EVAL_ROWS):
@@ -196,7 +199,7 @@ class Trainer:
         Args:
             stop: asked after every step.
             on_step, on_eval: told of every step and evaluation.
-            save: called every save_every steps and at the end, also that by stop().
+            save: called every checkpoint.every steps and at the end, also that by stop().
         """
         c = self.config
         saved = self.steps_done  # a run starts from its checkpoint
@@ -205,9 +208,9 @@ class Trainer:
             if self.done or stop():
                 break
             n = self.steps_done
-            if c.eval_every and n % c.eval_every == 0:
+            if c.eval.every and n % c.eval.every == 0:
                 on_eval(n, self.evaluate())
-            if c.save_every and n % c.save_every == 0:
+            if c.checkpoint.every and n % c.checkpoint.every == 0:
                 save()
                 saved = n
         if self.done:

@@ -2,7 +2,7 @@
 
 out/train.npy, out/held_out.npy    the ids trained on and those held out
 out/run.yaml                       the configuration, as `fastgpt train --config` reads it
-out/log.jsonl                      a line of JSON every log_every steps and every evaluation
+out/log.jsonl                      a line of JSON every log.every steps and every evaluation
 out/latest, out/step-.../          checkpoints, see checkpoint.py
 """
 
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,19 @@ from fastgpt.data import read_text, read_tokens, split, tokenize, write_tokens
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import checkpoint
-from fastgpt.train.config import FREE, TrainConfig
+from fastgpt.train.config import TrainConfig, check_same_run, flat, to_yaml
 from fastgpt.train.loop import Evaluation, Step, Trainer, pick_device
 
 TRAIN, HELD_OUT = "train.npy", "held_out.npy"
 
 
-def train(config: TrainConfig, resume: bool = False) -> Trainer:
-    """Train a model on text files, or go on with a run that was stopped.
+def train(config: TrainConfig) -> Trainer:
+    """Train a model on text files, or go on with a run that was stopped, as config.resume says.
 
     SIGINT (Ctrl-C) and SIGTERM end it after the step under way, with a checkpoint.
 
     Args:
-        config: of the run.
-        resume: go on from the latest checkpoint in config.out. The fields that make the numbers
-            must be those of the run.
+        config: of the run. A resumed run must keep the fields that make its numbers.
 
     Returns:
         The trainer; its `done` tells whether the run came to its end.
@@ -49,15 +47,17 @@ def train(config: TrainConfig, resume: bool = False) -> Trainer:
     """
     out = Path(config.out)
     pick_device(config.device)
-    if resume:
+    begun = (out / "latest").exists()
+    if config.resume == "must" or (config.resume == "auto" and begun):
         trainer = _resume(config, out)
     else:
-        if (out / "latest").exists():
+        if begun:
             raise ValueError(f"train: out must not hold a run, except to resume it; got {out}")
-        if not config.data:
-            raise ValueError("train: data must name at least one text file; got none")
-        texts = [read_text(path) for path in config.data]
-        tokenizer = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+        if not config.data.files:
+            raise ValueError("train: data.files must name at least one text file; got none")
+        texts = [read_text(path) for path in config.data.files]
+        given = config.data.tokenizer
+        tokenizer = None if given is None else Tokenizer.load(given)
         trainer = prepare(config, texts, tokenizer)
         open_folder(out)
         write_tokens(out / TRAIN, trainer.batches.tokens)
@@ -75,10 +75,10 @@ def prepare(
     Raises:
         ValueError: a part of the text is shorter than the context.
     """
-    training, held_out = split(documents, config.held_out, config.seed)
+    training, held_out = split(documents, config.data.held_out, config.seed)
     if tokenizer is None:
-        tokenizer = Tokenizer.train(training, config.vocab_size)
-    shape = config.model(tokenizer.vocab_size)
+        tokenizer = Tokenizer.train(training, config.data.vocab_size)
+    shape = config.model.shape(tokenizer.vocab_size)
     ids = tokenize(tokenizer, training), tokenize(tokenizer, held_out)
     for name, part in zip(("training", "held-out"), ids, strict=True):
         if len(part) <= shape.block_size:
@@ -109,7 +109,7 @@ def open_folder(out: Path) -> None:
 
 def run(trainer: Trainer, out: Path, on_step: Callable[[Step], object] = lambda made: None) -> None:
     """Train to the end or to a signal, with a progress bar, a log and checkpoints in out."""
-    extra = {"config": asdict(trainer.config)}
+    extra = {"config": flat(trainer.config)}
 
     with interrupts() as stop, _Log(out / "log.jsonl", trainer) as log:
 
@@ -123,31 +123,16 @@ def run(trainer: Trainer, out: Path, on_step: Callable[[Step], object] = lambda 
 def _resume(config: TrainConfig, out: Path) -> Trainer:
     folder = checkpoint.find(out)
     state = checkpoint.read_json(folder / "train.json")
-    # As JSON: a tuple in the configuration is a list in the file.
     before = state.get("config")
-    now = json.loads(json.dumps(asdict(config)))
     if not isinstance(before, dict):
         raise ValueError(f"checkpoint: {folder}/train.json must hold the run's config")
-    for field in fields(config):
-        name = field.name
-        if name not in FREE and before.get(name) != now[name]:
-            raise ValueError(
-                f"train: a resumed run must keep its {name}, {before.get(name)}; got {now[name]}"
-            )
+    check_same_run(before, config)
     model, tokenizer = checkpoint.load(folder)
     trainer = Trainer(
         config, model, tokenizer, read_tokens(out / TRAIN), read_tokens(out / HELD_OUT)
     )
     trainer.restore(folder)
     return trainer
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The configuration, one `name: value` a line; JSON values are YAML values."""
-    return "".join(
-        f"{name}: {json.dumps(value, ensure_ascii=False)}\n"
-        for name, value in asdict(config).items()
-    )
 
 
 @contextmanager
@@ -194,8 +179,7 @@ class _Log:
             mininterval=0.2 if sys.stderr.isatty() else 15.0,
             file=sys.stderr,
         )
-        c = t.config
-        self._tokens_a_step = c.batch_size * c.accumulate * t.batches.block_size
+        self._tokens_a_step = t.rows * t.batches.block_size
         self._since, self._at = t.seconds, t.steps_done
         return self
 
@@ -205,7 +189,7 @@ class _Log:
 
     def step(self, made: Step) -> None:
         t = self._trainer
-        if made.step % t.config.log_every == 0 or t.done:
+        if made.step % t.config.log.every == 0 or t.done:
             spent = max(1e-9, t.seconds - self._since)
             rate = (made.step - self._at) * self._tokens_a_step / spent
             self._since, self._at = t.seconds, made.step

@@ -29,7 +29,7 @@ from fastgpt import ops
 from fastgpt.config import PRESETS, GPTConfig
 from fastgpt.layers import Block, Branch, KVCache, Turn, lends, new_norm
 from fastgpt.ops import backend
-from fastgpt.optim import AdamW
+from fastgpt.optim import AdamW, decay_groups
 
 __all__ = ["GPT", "IGNORE", "PRESETS", "GPTConfig"]
 IGNORE = -100  # a target that takes no part in the loss, as in torch's cross_entropy
@@ -264,12 +264,7 @@ class GPT(nn.Module):
             lr, weight_decay, betas: as AdamW takes them.
             options: AdamW's others, as max_grad_norm.
         """
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return AdamW([g for g in groups if g["params"]], lr, betas, **options)
+        return AdamW(decay_groups(self, weight_decay), lr, betas, **options)
 
     def num_params(self, embeddings: bool = True) -> int:
         """How many parameters there are, the tied output layer counted once.

@@ -1,4 +1,4 @@
-"""Optimizers on the fused ops: AdamW with clipping, low-precision copies, stochastic rounding."""
+"""AdamW on the fused op, with clipping, low-precision copies, stochastic rounding."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +15,19 @@ _OWN = ("max_grad_norm", "skip_nonfinite", "stochastic_rounding", "seed", "copie
 
 def _moment_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give an optimizer that has loaded state_dict the moments' precision, which torch has rounded
+    to the parameters'."""
+    saved = [n for group in state_dict["param_groups"] for n in group["params"]]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    for n, p in zip(saved, own, strict=True):
+        state = optimizer.state.get(p, {})
+        for name in _MOMENTS:
+            if name in state and state[name].dtype != _moment_dtype(p):
+                moment = torch.empty_like(p, dtype=_moment_dtype(p))
+                state[name] = moment.copy_(state_dict["state"][n][name])
 
 
 class AdamW(torch.optim.AdamW):
@@ -169,14 +182,7 @@ class AdamW(torch.optim.AdamW):
                 if group.get(name):
                     raise ValueError(f"AdamW: a state with {name} cannot be loaded")
         super().load_state_dict(state_dict)
-        # torch has rounded the moments to the parameters' dtype.
-        saved = [n for group in state_dict["param_groups"] for n in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for n, p in zip(saved, own, strict=True):
-            for name in _MOMENTS if self.state.get(p) else ():
-                if self.state[p][name].dtype != _moment_dtype(p):
-                    moment = torch.empty_like(p, dtype=_moment_dtype(p))
-                    self.state[p][name] = moment.copy_(state_dict["state"][n][name])
+        restore_moments(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in _OWN}

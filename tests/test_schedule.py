@@ -103,8 +103,8 @@ def test_each_group_keeps_its_own_highest_rate() -> None:
         ({"kind": "step"}, "schedule: kind must be one of cosine, wsd, constant; got 'step'"),
         ({"decay": "log"}, "schedule: decay must be one of linear, sqrt, cosine; got 'log'"),
         ({"warmup": -1}, "schedule: warmup must not be negative; got -1"),
-        ({"floor": 1.5}, r"schedule: floor is a share, in \[0, 1\]; got 1.5"),
-        ({"floor": math.nan}, "schedule: floor is a share"),
+        ({"floor": 1.5}, r"schedule: floor is a share of lr, in \[0, 1\]; got 1.5"),
+        ({"floor": math.nan}, "schedule: floor is a share of lr"),
         ({"decay_share": 0.0}, r"schedule: decay_share must lie in \(0, 1\]; got 0.0"),
     ],
 )

@@ -154,9 +154,11 @@ def load_optimizer(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -
         tensors = _tensors(folder / OPTIMIZER, "cpu")
         for name, p in model.named_parameters():
             state = optimizer.state[p]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            muon = f"momentum_buffer.{name}" in tensors
+            keys = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
+            for key in keys:
                 state[key] = tensors[f"{key}.{name}"].to(p.device)
-            if state["exp_avg"].shape != p.shape:
+            if state[keys[0]].shape != p.shape:
                 raise ValueError(f"{OPTIMIZER} has another shape for {name}")
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastgpt.model import GPTConfig
+from fastgpt.train.optimizer import OptimConfig as OptimConfig
+from fastgpt.train.schedule import ScheduleConfig as ScheduleConfig
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 RESUME = ("never", "auto", "must")
@@ -114,51 +116,6 @@ class BatchConfig:
             )
         passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= self.rows)
         return rows, passes
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW.
-
-    Attributes:
-        lr: the highest learning rate.
-        weight_decay: of matrices and embeddings.
-        beta1: decay of the first moment.
-        beta2: decay of the second.
-        clip: the largest norm of all gradients together; 0 for no bound.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        _at_least(0, "optim", self, "weight_decay", "clip")
-        if not self.lr > 0.0:
-            raise ValueError(f"optim: lr must be positive; got {self.lr}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= (value := getattr(self, name)) < 1.0:
-                raise ValueError(f"optim: {name} must lie in [0, 1); got {value}")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run.
-
-    Attributes:
-        warmup: steps over which it rises from 0.
-        floor: what it falls to, as a share of the highest.
-    """
-
-    warmup: int = 100
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        _at_least(0, "schedule", self, "warmup")
-        if not 0.0 <= self.floor <= 1.0:
-            raise ValueError(f"schedule: floor is a share of lr, in [0, 1]; got {self.floor}")
 
 
 @dataclass(frozen=True)

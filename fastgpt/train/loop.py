@@ -21,6 +21,7 @@ from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import checkpoint
 from fastgpt.train.config import TrainConfig
+from fastgpt.train.schedule import set_learning_rate
 
 EVAL_ROWS = 16
 
@@ -102,11 +103,7 @@ class Trainer:
         self.device = pick_device(config.device)
         self.dtype = pick_precision(config.precision, self.device)
         self.model = model.to(self.device)
-        o = config.optim
-        self.optimizer = self.model.configure_optimizer(
-            o.lr, o.weight_decay, (o.beta1, o.beta2),
-            max_grad_norm=o.clip if o.clip > 0.0 else math.inf,
-        )  # fmt: skip
+        self.optimizer = config.optim.build(self.model)
         T = model.config.block_size
         self.rows, self.passes = config.batch.split(T)
         self.batches = Batches(train_tokens, T, self.rows, config.seed)
@@ -129,22 +126,16 @@ class Trainer:
         return min(1.0, max(self.steps_done / c.steps, spent))
 
     def learning_rate(self) -> float:
-        """Of the next step: a linear rise over the warm-up, then half a cosine down to the floor.
-
-        Loshchilov, Hutter, SGDR, 2017, https://arxiv.org/abs/1608.03983, eq. 5.
-        """
-        c = self.config.schedule
-        rise = (self.steps_done + 1) / c.warmup if self.steps_done < c.warmup else 1.0
-        fall = 0.5 * (1.0 + math.cos(math.pi * self.progress()))
-        return self.config.optim.lr * min(rise, c.floor + (1.0 - c.floor) * fall)
+        """Of the next step."""
+        factor = self.config.schedule.factor(self.steps_done, self.progress())
+        return self.config.optim.lr * factor
 
     def step(self) -> Step:
         """Make one optimizer step."""
         start = time.monotonic()
         c = self.config
         lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, c.schedule.factor(self.steps_done, self.progress()))
         torch.manual_seed(int(np.random.default_rng((c.seed, self.steps_done)).integers(2**62)))
         self.model.train()
         total = torch.zeros((), device=self.device)

@@ -39,7 +39,7 @@ class ScheduleConfig:
         if self.warmup < 0:
             raise ValueError(f"schedule: warmup must not be negative; got {self.warmup}")
         if not 0.0 <= self.floor <= 1.0:
-            raise ValueError(f"schedule: floor is a share, in [0, 1]; got {self.floor}")
+            raise ValueError(f"schedule: floor is a share of lr, in [0, 1]; got {self.floor}")
         if not 0.0 < self.decay_share <= 1.0:
             raise ValueError(f"schedule: decay_share must lie in (0, 1]; got {self.decay_share}")
 

@@ -228,15 +228,21 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The configuration as `fastgpt train --config` reads it; JSON values are YAML values."""
+    """The configuration as `fastgpt train --config` reads it."""
     lines = []
     for name, value in asdict(config).items():
         if isinstance(value, dict):
             lines.append(f"{name}:")
-            lines += [f"  {k}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items()]
+            lines += [f"  {k}: {_scalar(v)}" for k, v in value.items()]
         else:
-            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{name}: {_scalar(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    """As JSON, which is YAML but for floats like 1e-08: YAML 1.1 wants the point in 1.0e-08."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def check_same_run(before: dict[str, Any], now: TrainConfig) -> None:

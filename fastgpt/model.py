@@ -227,9 +227,10 @@ class GPT(nn.Module):
                 )
             if targets.dtype != torch.int64:
                 raise TypeError(f"GPT: targets must be int64; got {targets.dtype}")
-        hidden = self.hidden(idx)
+        cls = type(self)  # FSDP puts what gathers weights around the instance's methods
+        hidden = cls.hidden(self, idx)
         if targets is None:
-            return self.logits(hidden)
+            return cls.logits(self, hidden)
         return ops.linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=IGNORE)
 
     def _check(self, idx: Tensor, start: int) -> None:

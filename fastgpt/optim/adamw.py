@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fastgpt import sharded
 from fastgpt.ops.adamw import AdamWGroup, adamw
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_COLUMNS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "low")
 _OWN = ("max_grad_norm", "skip_nonfinite", "stochastic_rounding", "seed", "copies", "control")
 
 
@@ -30,12 +32,19 @@ def restore_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
                 state[name] = moment.copy_(state_dict["state"][n][name])
 
 
+def _localize(group: AdamWGroup) -> None:
+    """Leave of a group the parts of its tensors that lie here; some may be empty."""
+    for name in _COLUMNS:
+        setattr(group, name, [sharded.local(t) for t in getattr(group, name)])
+
+
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, all parameters in at most a few launches, with clipping in the same pass.
 
     State, state_dict, schedulers, closures and GradScaler are those of torch.optim.AdamW with
     fused=True, whose state_dict can be loaded and the other way round. Moments of 16-bit
-    parameters are float32. Without a kernel (on a CPU) it is torch's own fused step.
+    parameters are float32. Without a kernel (on a CPU) it is torch's own fused step. Of DTensors
+    each rank steps its part, and the norm is that of all ranks.
 
     Args:
         params, lr, betas, eps, weight_decay: as torch.optim.AdamW takes them, all parameters on
@@ -134,16 +143,39 @@ class AdamW(torch.optim.AdamW):
         seed = None
         if self.stochastic_rounding:
             seed = torch.full((1,), self.seed, dtype=torch.int64, device=control.device)
+        groups = [self._with_grads(group) for group in self.param_groups]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        max_grad_norm, skip_nonfinite, norm = self.max_grad_norm, self.skip_nonfinite, None
+        if any(sharded.is_sharded(p) for group in groups for p in group.params):
+            if max_grad_norm is not None or skip_nonfinite:
+                norm, grad_scale, found_inf = self._over_all_ranks(groups, grad_scale, found_inf)
+                max_grad_norm, skip_nonfinite = None, False
+            for group in groups:
+                _localize(group)
         adamw(
-            [self._with_grads(group) for group in self.param_groups],
-            control,
-            max_grad_norm=self.max_grad_norm,
-            skip_nonfinite=self.skip_nonfinite,
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            seed=seed,
-        )
+            groups, control, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite,
+            grad_scale=grad_scale, found_inf=found_inf, seed=seed,
+        )  # fmt: skip
+        if norm is not None:
+            control[2] = norm
         return loss
+
+    @torch.no_grad()
+    def _over_all_ranks(
+        self, groups: list[AdamWGroup], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The norm of all ranks' gradients, and what clipping and skipping by it come to, as a
+        scale that gradients are divided by and a mark that skips the step."""
+        norm = sharded.norm([g for group in groups for g in group.grads])
+        if grad_scale is not None:
+            norm = norm / grad_scale.reshape(())
+        if self.max_grad_norm is not None:
+            unclip = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+            grad_scale = unclip if grad_scale is None else grad_scale.reshape(()) * unclip
+        if self.skip_nonfinite:
+            bad = (~norm.isfinite()).float()
+            found_inf = bad if found_inf is None else torch.maximum(found_inf.reshape(()), bad)
+        return norm, grad_scale, found_inf
 
     @torch.no_grad()
     def _with_grads(self, group: dict[str, Any]) -> AdamWGroup:

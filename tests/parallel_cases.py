@@ -1,0 +1,198 @@
+"""What each rank of tests/test_parallel.py runs: `torchrun tests/parallel_cases.py OUT NAME…`.
+
+One process group runs many cases; rank 0 writes to OUT a line of JSON for each, ["name", null] or
+["name", "what went wrong, and on which ranks"].
+"""
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.parallel import Layout, ParallelConfig
+
+CPU = torch.device("cpu")
+SMALL = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+LLAMA = GPTConfig(
+    block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32, variant="llama", n_kv_head=2,
+    qk_norm=True, tied=False,
+)  # fmt: skip
+STEPS, ROWS, T = 3, 8, 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What DATA's sampler gives."""
+
+    idx: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+
+def batch(step: int, rank: int = 0, world: int = 1, vocab: int = 61, length: int = T) -> Batch:
+    """Rows of a step's batch, of which the first have few targets that count."""
+    g = torch.Generator().manual_seed(step)
+    idx = torch.randint(vocab, (ROWS, length + 1), generator=g)
+    targets = idx[:, 1:].clone()
+    targets[torch.rand(ROWS, length, generator=g) < torch.linspace(0.95, 0.0, ROWS)[:, None]] = -100
+    rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    return Batch(idx[rows, :-1], targets[rows])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Three steps: losses, gradient norms, weights."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def made(config: GPTConfig) -> GPT:
+    torch.manual_seed(1)
+    model = GPT(config).double()  # the gradient of a key's bias is 0, and Adam divides by it
+    with torch.no_grad():  # so that biases and norms are seen
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * 0.05)
+    return model
+
+
+def trained(
+    config: GPTConfig, layout: Layout, accumulate: int = 1, length: int = T,
+    optimizer: str = "own",
+) -> Run:  # fmt: skip
+    model = layout.parallelize(made(config))
+    own = optimizer == "own"
+    if own:
+        opt: torch.optim.Optimizer = model.configure_optimizer(1e-2, max_grad_norm=0.3)
+    else:
+        opt = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, foreach=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        all_rows = batch(step, layout.data_rank, layout.data_world, config.vocab_size, length)
+        n = len(all_rows.idx) // accumulate
+        parts = [
+            Batch(all_rows.idx[i * n : (i + 1) * n], all_rows.targets[i * n : (i + 1) * n])
+            for i in range(accumulate)
+        ]
+        count = layout.count(*parts) if accumulate > 1 else None
+        total = torch.zeros((), dtype=torch.float64)
+        for i, part in enumerate(parts):
+            with layout.no_sync(model, i + 1 < len(parts)):
+                loss = layout.loss(model, part, count)
+                loss.backward()
+            total += loss.detach()
+        losses.append(float(layout.all_reduce(total, "mean")))
+        if own:
+            opt.step()
+            norms.append(float(opt.grad_norm))  # type: ignore[attr-defined]
+        else:
+            norms.append(float(layout.clip_grad_norm(model.parameters(), 0.3)))
+            opt.step()
+        opt.zero_grad()
+    return Run(losses, norms, whole(model))
+
+
+def whole(model: GPT) -> dict[str, Tensor]:
+    """All weights, whole, in GPT's own order."""
+    return {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in model.state_dict().items()
+    }
+
+
+def same(got: Run, want: Run, atol: float = 1e-7) -> None:
+    for name in ("losses", "norms"):
+        for a, b in zip(getattr(got, name), getattr(want, name), strict=True):
+            assert math.isclose(a, b, rel_tol=1e-6), f"{name}: {got}, {want}"
+    assert list(got.weights) == list(want.weights)
+    for name, w in want.weights.items():
+        assert got.weights[name].shape == w.shape, name
+        off = (got.weights[name] - w).abs().max().item()
+        assert off <= atol, f"{name} is off by {off:.1e}"
+
+
+_alone: dict[object, Run] = {}
+
+
+def matches(parallel: ParallelConfig, config: GPTConfig = SMALL, **options: object) -> None:
+    """The layout's run is one process's."""
+    kept = {name: options[name] for name in ("length", "optimizer") if name in options}
+    key = (config, *kept.items())
+    if key not in _alone:
+        _alone[key] = trained(config, Layout(ParallelConfig(), CPU), **kept)  # type: ignore[arg-type]
+    same(trained(config, Layout.start(parallel, CPU), **options), _alone[key])  # type: ignore[arg-type]
+
+
+def half(**sizes: int) -> ParallelConfig:
+    """The sizes with dp for the ranks that are left."""
+    return ParallelConfig(dp=-1, **sizes)
+
+
+def ranks_that_disagree() -> None:
+    config = ParallelConfig(dp=-1, fsdp=1 + dist.get_rank())
+    try:
+        Layout.start(config, CPU)
+    except ValueError as error:
+        expected = "parallel: all ranks must have one fsdp; got 1 on rank 0, 2 on rank 1"
+        assert str(error) == expected, error
+    else:
+        raise AssertionError("they were let")
+
+
+def sizes_that_do_not_multiply() -> None:
+    try:
+        Layout.start(ParallelConfig(dp=3, fsdp=2), CPU)
+    except ValueError as error:
+        assert "must be the number of ranks" in str(error), error
+    else:
+        raise AssertionError("they were let")
+
+
+# The numbers of ranks that run a case, and the case.
+CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {
+    "dp": ((2,), lambda: matches(ParallelConfig())),
+    "dp, accumulated": ((2,), lambda: matches(ParallelConfig(), accumulate=2)),
+    "dp, llama": ((2,), lambda: matches(ParallelConfig(), LLAMA)),
+    "fsdp": ((2, 4), lambda: matches(half(fsdp=2))),
+    "fsdp, torch's AdamW": ((2, 4), lambda: matches(half(fsdp=2), optimizer="torch")),
+    "fsdp, accumulated": ((2, 4), lambda: matches(half(fsdp=2), accumulate=2)),
+    "fsdp, llama": ((2,), lambda: matches(half(fsdp=2), LLAMA)),
+    "fsdp, not resharded": ((2,), lambda: matches(replace(half(fsdp=2), reshard=False))),
+    "fsdp of all": ((4,), lambda: matches(ParallelConfig(dp=1, fsdp=-1))),
+    "ranks that disagree": ((2,), ranks_that_disagree),
+    "sizes that do not multiply": ((2,), sizes_that_do_not_multiply),
+}
+
+
+def main(out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name in names:
+        problem = None
+        try:
+            CASES[name][1]()
+        except Exception:
+            problem = traceback.format_exc()
+        everyone: list[str | None] = [None] * world
+        dist.all_gather_object(everyone, problem)
+        if rank == 0:
+            said = [f"rank {r}: {p}" for r, p in enumerate(everyone) if p is not None]
+            with out.open("a") as file:
+                file.write(json.dumps([name, "\n".join(said) or None]) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

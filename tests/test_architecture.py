@@ -78,18 +78,47 @@ def test_the_environment_is_read_in_one_place() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["fastgpt", "fastgpt.cli", "fastgpt.huggingface"])
-def test_importing_asks_nothing_of_the_machine(module: str) -> None:
+@pytest.mark.parametrize("said", ["from fastgpt import *", "import fastgpt.cli"])
+def test_importing_asks_nothing_of_the_machine(said: str) -> None:
     code = (
         "import torch, sys\n"
         "def no(*a, **k): raise SystemExit('asked for a GPU')\n"
         "torch.cuda.is_available = torch.cuda.init = torch.cuda.get_device_properties = no\n"
-        f"import {module}\n"
+        f"{said}\n"
         "banned = {'triton', 'transformers', 'tokenizers', 'jsonargparse', 'yaml'}\n"
         "print(sorted(banned & set(sys.modules)))"
     )
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert got.stdout.strip() == "[]", got.stdout + got.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--help", "demo --help", "generate --help", "bench --help", "bench compare --help",
+     "lab --help", "lab compare --help"],
+)  # fmt: skip
+def test_help_does_without_torch(argv: str) -> None:
+    """Which takes a second to import; benchmarks/test_start.py has the times."""
+    code = (
+        "import sys, fastgpt.cli\n"
+        f"try: code = fastgpt.cli.main({argv.split()!r})\n"
+        "except SystemExit as end: code = end.code\n"
+        "print([code, *sorted({'torch', 'numpy', 'triton', 'transformers'} & set(sys.modules))])"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert got.stdout.splitlines()[-1:] == ["[0]"], got.stdout + got.stderr
+
+
+def test_a_name_of_the_package_is_a_function_whatever_was_imported_first() -> None:
+    """generate, tune and warmup are modules too, which Python would put in their place."""
+    code = (
+        "import fastgpt.generate, fastgpt.warmup, fastgpt.tune, fastgpt\n"
+        "names = [n for n in fastgpt.__all__ if not hasattr(fastgpt, n)]\n"
+        "same = [n for n in ('generate', 'tune', 'warmup') if not callable(getattr(fastgpt, n))]\n"
+        "print(names, same, set(fastgpt.__all__) <= set(dir(fastgpt)))"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert got.stdout.strip() == "[] [] True", got.stdout + got.stderr
 
 
 def test_no_kernel_uses_what_the_house_forbids() -> None:

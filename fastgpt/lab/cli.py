@@ -56,7 +56,7 @@ def _common(said: argparse.ArgumentParser) -> None:
 
 
 def _parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    from fastgpt.lab.workbench import SECTIONS
+    from fastgpt.lab.result import SECTIONS
 
     said = kind(
         prog="fastgpt lab",
@@ -95,9 +95,9 @@ def _study(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     args = _parser(kind).parse_args(argv)
     from fastgpt.lab import table
     from fastgpt.lab.chips import TARGETS
-    from fastgpt.lab.result import to_json
+    from fastgpt.lab.result import SECTIONS, to_json
     from fastgpt.lab.spec import Spec
-    from fastgpt.lab.workbench import SECTIONS, study, subject
+    from fastgpt.lab.workbench import study, subject
 
     sections = SECTIONS if "all" in args.sections else args.sections
     if args.gate:  # before minutes of work

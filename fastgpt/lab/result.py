@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+# What can be asked for besides what is compiled, in the order it runs: what is timed comes first.
+SECTIONS = ("host", "memory", "traffic", "sanitize", "numbers")
+
 # What an instruction is for: every one is of exactly one kind.
 KINDS = (
     "matrix",  # HMMA, HGMMA, tcgen05, MFMA, WMMA

@@ -16,11 +16,9 @@ from fastgpt.lab import launch as launches
 from fastgpt.lab.chips import TARGETS, chip
 from fastgpt.lab.compile import present
 from fastgpt.lab.launch import Launch
-from fastgpt.lab.result import Checked, Result, Row, Traffic
+from fastgpt.lab.result import SECTIONS, Checked, Result, Row, Traffic
 from fastgpt.lab.spec import Spec
 
-# In the order they run: what is timed comes first.
-SECTIONS = ("host", "memory", "traffic", "sanitize", "numbers")
 TIMEOUT = 300.0  # seconds for one launch that is run here
 Progress = Callable[[str, int, int], None]
 

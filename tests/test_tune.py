@@ -1,5 +1,6 @@
 """Tiles measured by `fastgpt tune`, the cache they are kept in, and `warmup`."""
 
+import importlib
 import inspect
 import json
 import os
@@ -23,7 +24,7 @@ from fastgpt.ops import backend, tuning
 from fastgpt.ops.backend import INTERPRET
 from tests.conftest import HAS_CUDA, SANITIZED
 
-module = sys.modules["fastgpt.tune"]  # fastgpt.tune is the function
+module = importlib.import_module("fastgpt.tune")  # fastgpt.tune is the function
 TILE = Tile(2, 64, 2, 1)
 GPU = "A GPU"
 

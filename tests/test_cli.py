@@ -41,7 +41,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained")
     trainer = prepare(config, [TEXT])
     trainer.step()
-    trainer.save(out, {})
+    saver = checkpoint.Checkpointer(out)
+    trainer.save(saver, {})
+    saver.wait()
     return out
 
 
@@ -330,7 +332,10 @@ def test_generate_refuses(
     assert line.startswith(message)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+WEIGHTS = "model/shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer.json"])
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\x80\x04K\x01."], ids=str)
 def test_a_broken_checkpoint_is_refused(
     checkpoint_copy: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
@@ -362,16 +367,19 @@ def test_a_second_run_does_not_overwrite_the_first(
 
 
 def test_a_full_disk_is_said(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    resource = pytest.importorskip("resource")
     out = tmp_path / "run"
     args = ["train", "--data.files", str(text), "--out", str(out), "--steps", "1", *SHAPE]
-    assert cli.main(args) == 2
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # of any file, in bytes
+    try:
+        assert cli.main(args) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "checkpoint: step 1 is not saved; File too large"
     assert not list(out.glob("*step-*"))
 
 

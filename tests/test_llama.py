@@ -186,7 +186,9 @@ def test_counts() -> None:
 def test_a_checkpoint_keeps_the_variant(tmp_path: Path) -> None:
     model = small(qk_norm=True, tied=False, vocab_size=300)
     tokenizer = Tokenizer.train("some text to count", 260)
-    checkpoint.save(tmp_path, 1, model, tokenizer)
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(1, model, tokenizer)
+    saver.wait()
     again, _ = checkpoint.load(tmp_path)
     assert again.config == model.config
     x = ids()

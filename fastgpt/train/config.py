@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastgpt.model import GPTConfig
+from fastgpt.train.checkpoint import CheckpointConfig as CheckpointConfig
 from fastgpt.train.optimizer import OptimConfig as OptimConfig
 from fastgpt.train.schedule import ScheduleConfig as ScheduleConfig
 
@@ -132,20 +133,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, "eval", self, "every", "windows")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the run is saved.
-
-    Attributes:
-        every: steps between checkpoints; 0 for one at the end only.
-    """
-
-    every: int = 500
-
-    def __post_init__(self) -> None:
-        _at_least(0, "checkpoint", self, "every")
 
 
 @dataclass(frozen=True)

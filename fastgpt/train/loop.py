@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgpt.data import Batches, Tokens
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import checkpoint
+from fastgpt.train.checkpoint import Checkpointer
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.schedule import set_learning_rate
 
@@ -209,24 +209,17 @@ class Trainer:
         if saved != self.steps_done:
             save()
 
-    def save(self, out: str | Path, extra: dict[str, Any]) -> Path:
+    def save(self, saver: Checkpointer, extra: dict[str, Any]) -> None:
         """Write a checkpoint from which `restore` goes on; extra is JSON kept with it."""
-        state = {"step": self.steps_done, "seconds": self.seconds, **extra}
-        return checkpoint.save(
-            out, self.steps_done, self.model, self.tokenizer, self.optimizer, state
-        )
+        state = {"seconds": self.seconds, **extra}
+        saver.save(self.steps_done, self.model, self.tokenizer, self.optimizer, state)
 
-    def restore(self, folder: Path) -> dict[str, Any]:
+    def restore(self, saver: Checkpointer, folder: Path) -> dict[str, Any]:
         """Take up weights, moments and step from a checkpoint; return its train.json."""
-        model, _ = checkpoint.load(folder, self.device)
-        if model.config != self.model.config:
-            raise ValueError(f"checkpoint: the model must have the run's shape; got {model.config}")
-        state = checkpoint.read_json(folder / "train.json")
+        state = saver.load(folder, self.model, self.optimizer)
         step, seconds = state.get("step"), state.get("seconds")
         if not isinstance(step, int) or not isinstance(seconds, int | float):
             raise ValueError(f"checkpoint: {folder}/train.json must tell step and seconds")
-        self.model.load_state_dict(model.state_dict())
-        checkpoint.load_optimizer(folder, self.model, self.optimizer)
         self.steps_done, self.seconds = step, float(seconds)
         return state
 

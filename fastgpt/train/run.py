@@ -3,7 +3,7 @@
 out/train.npy, out/held_out.npy    the ids trained on and those held out
 out/run.yaml                       the configuration, as `fastgpt train --config` reads it
 out/log.jsonl                      a line of JSON every log.every steps and every evaluation
-out/latest, out/step-.../          checkpoints, see checkpoint.py
+out/step-.../                      checkpoints, see checkpoint/
 """
 
 import json
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> Trainer:
     """
     out = Path(config.out)
     pick_device(config.device)
-    begun = (out / "latest").exists()
+    begun = bool(checkpoint.checkpoints(out))
     if config.resume == "must" or (config.resume == "auto" and begun):
         trainer = _resume(config, out)
     else:
@@ -117,11 +117,14 @@ def run(trainer: Trainer, out: Path, on_step: Callable[[Step], object] = lambda 
             log.step(made)
             on_step(made)
 
-        trainer.fit(stop, step, log.evaluation, lambda: trainer.save(out, extra))
+        saver = checkpoint.Checkpointer(out, trainer.config.checkpoint)
+        trainer.fit(stop, step, log.evaluation, lambda: trainer.save(saver, extra))
+        saver.wait()
 
 
 def _resume(config: TrainConfig, out: Path) -> Trainer:
-    folder = checkpoint.find(out)
+    saver = checkpoint.Checkpointer(out, config.checkpoint)
+    folder = saver.latest() or checkpoint.find(out)
     state = checkpoint.read_json(folder / "train.json")
     before = state.get("config")
     if not isinstance(before, dict):
@@ -131,7 +134,7 @@ def _resume(config: TrainConfig, out: Path) -> Trainer:
     trainer = Trainer(
         config, model, tokenizer, read_tokens(out / TRAIN), read_tokens(out / HELD_OUT)
     )
-    trainer.restore(folder)
+    trainer.restore(saver, folder)
     return trainer
 
 

@@ -2,6 +2,8 @@ from setuptools import find_packages, setup
 
 TRAIN = ["jsonargparse[signatures]>=4.49", "tokenizers>=0.20", "tqdm>=4.66"]
 
+DATA = ["datasets>=3"]  # Hugging Face datasets as training data
+
 HUGGINGFACE = ["transformers>=5.17,<6"]
 
 BENCH = ["matplotlib>=3.8", "tqdm>=4.66"]
@@ -30,6 +32,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "data": [*TRAIN, *DATA],
         "bench": BENCH,
         "lab": LAB,
         "huggingface": HUGGINGFACE,

@@ -30,6 +30,7 @@ __all__ = [
     "Block",
     "Branch",
     "CausalSelfAttention",
+    "Documents",
     "GatedMLP",
     "KVCache",
     "LayerNorm",
@@ -41,7 +42,8 @@ __all__ = [
     "new_norm",
 ]
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines of the positions at hand, (T, D / 2) each
+Turn = tuple[Tensor, Tensor]  # cosines and sines of the positions, (T, D / 2) or (B, T, D / 2) each
+Documents = tuple[Tensor, int]  # where each ends, (n + 1,) from 0 to B T, and the longest's length
 Again = tuple[nn.Module, Tensor]  # a norm and what it was given, (B, T, C)
 
 
@@ -201,7 +203,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(
         self, x: Tensor, cache: KVCache | None = None, layer: int = 0, turn: Turn | None = None,
-        again: Again | None = None, apart: bool = False,
+        again: Again | None = None, apart: bool = False, documents: Documents | None = None,
     ) -> Tensor | Branch:  # fmt: skip
         """x: (B, T, C) -> (B, T, C).
 
@@ -212,17 +214,18 @@ class CausalSelfAttention(nn.Module):
             turn: cosines and sines of x's positions, for rotary embedding of q and k.
             again: what makes x, so that it need not be kept for backward.
             apart: whether to leave the sum with c_proj's bias to the caller, as a Branch.
+            documents: if given, the rows end to end hold these, and each attends to itself alone.
         """
         B, T, C = x.shape
         H, kv = self.n_head, self.n_kv_head
         with made_again(x, again):
             qkv = self.c_attn(x).view(B, T, H + 2 * kv, C // H)
         p = self.dropout if self.training else 0.0
-        if turn is None and cache is None:
+        if turn is None and cache is None and documents is None:
             o = ops.attention_packed(qkv, H, dropout_p=p)
         else:
             q, k, v = qkv.split([H, kv, kv], 2)  # (B, T, H, D), (B, T, Hkv, D) twice, views
-            o = self._attend(q, k, v, p, cache, layer, turn)
+            o = self._attend(q, k, v, p, cache, layer, turn, documents)
         o, end = o.reshape(B, T, C), self.c_proj
         if apart and lends(end, nn.Linear):
             return Branch(F.linear(o, end.weight), end.bias)
@@ -231,7 +234,7 @@ class CausalSelfAttention(nn.Module):
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, p: float, cache: KVCache | None, layer: int,
-        turn: Turn | None,
+        turn: Turn | None, documents: Documents | None,
     ) -> Tensor:  # fmt: skip
         """q (B, T, H, D) and k, v (B, T, Hkv, D) turned, k and v with those of the cache."""
         if turn is not None and self.q_norm is not None and self.k_norm is not None:
@@ -241,6 +244,10 @@ class CausalSelfAttention(nn.Module):
             q, k = ops.rotary(q, k, *turn)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, Tk, Hkv, D)
+        if documents is not None:
+            cu, longest = documents
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B T, H, D), views
+            return ops.attention_varlen(q, k, v, cu, cu, longest, longest, dropout_p=p)
         return ops.attention(q, k, v, dropout_p=p)
 
 
@@ -357,13 +364,14 @@ class Block(nn.Module):
     def forward(
         self, branch: Tensor | Branch | None, h: Tensor, cache: KVCache | None = None,
         layer: int = 0, turn: Turn | None = None, apart: bool = False,
+        documents: Documents | None = None,
     ) -> tuple[Tensor | Branch, Tensor]:  # fmt: skip
         """Take a residual stream and a branch not yet added to it; return the next such pair.
 
         Args:
             branch: (B, T, C), the branch to add to h first, with or without its bias, or None.
             h: (B, T, C), the residual stream.
-            cache, layer, turn: see CausalSelfAttention.
+            cache, layer, turn, documents: see CausalSelfAttention.
             apart: whether to leave the sum with the branch's bias to the caller, as a Branch.
 
         Returns:
@@ -376,7 +384,7 @@ class Block(nn.Module):
             branch = Branch.of(branch)
             x, h = self.ln_1(branch.x, h, p, branch.bias)
         lent = lends(self.attn, CausalSelfAttention) and backend.kernels_run(h)
-        made = self.attn(x, cache, layer, turn, self._again(self.ln_1, h), lent)
+        made = self.attn(x, cache, layer, turn, self._again(self.ln_1, h), lent, documents)
         branch = Branch.of(made)
         x, h = self.ln_2(branch.x, h, p, branch.bias)
         with made_again(x, self._again(self.ln_2, h)):

@@ -27,12 +27,24 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.config import PRESETS, GPTConfig
-from fastgpt.layers import Block, Branch, KVCache, Turn, lends, new_norm
+from fastgpt.layers import Block, Branch, Documents, KVCache, Turn, lends, new_norm
 from fastgpt.ops import backend
 from fastgpt.optim import AdamW, decay_groups
 
 __all__ = ["GPT", "IGNORE", "PRESETS", "GPTConfig"]
 IGNORE = -100  # a target that takes no part in the loss, as in torch's cross_entropy
+
+
+def places_in(cu_seqlens: Tensor, idx: Tensor) -> Tensor:
+    """(B, T) int64: the place of each token in its document, from 0.
+
+    Args:
+        cu_seqlens: (n + 1,) where each document of the rows end to end ends, after a 0.
+        idx: (B, T).
+    """
+    at = torch.arange(idx.numel(), device=idx.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, at, right=True) - 1
+    return (at - cu_seqlens[document]).view(idx.shape).long()
 
 
 class GPT(nn.Module):
@@ -125,13 +137,21 @@ class GPT(nn.Module):
                 scale = (2 * self.config.n_layer) ** -0.5 if branch_end else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, *, cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """The final states ln_f(h), on which the output layer works.
 
         Args:
             idx: (B, T), int64 or int32, ids below vocab_size.
             cache: if given, idx follow the positions that it holds, and are added to it; for
                 generation, without gradient.
+            cu_seqlens: (n + 1,) int32 or int64, from 0 to B T and not decreasing: if given, the
+                rows end to end hold n documents, document i the tokens cu_seqlens[i] ..
+                cu_seqlens[i + 1] - 1. Each attends to itself alone, and its positions are from 0
+                on. T may then be more than block_size, as long as no document is.
+            max_seqlen: tokens of the longest document, or more; min(T, block_size) if None.
 
         Returns:
             (B, T, n_embd).
@@ -139,21 +159,23 @@ class GPT(nn.Module):
         Raises:
             TypeError: idx is not int64 or int32.
             ValueError: idx is not (B, T) with T of at least 1 and at most what block_size leaves,
-                or an id lies outside the vocabulary (seen on the CPU only: elsewhere the device
-                would have to be waited for).
+                or an id lies outside the vocabulary, or cu_seqlens is not as it must be (both seen
+                on the CPU only: elsewhere the device would have to be waited for).
         """
         start = 0 if cache is None else cache.length
-        self._check(idx, start)
+        documents = self._documents(idx, cu_seqlens, max_seqlen, cache)
+        self._check(idx, start, documents)
         T = idx.shape[1]
         p = self.config.dropout if self.training else 0.0
-        h = self._embed(idx, start, p)  # (B, T, C)
-        turn = self._turn(start, T)
+        places = None if documents is None else places_in(documents[0], idx)
+        h = self._embed(idx, start, p, places)  # (B, T, C)
+        turn = self._turn(start, T, places)
         branch: Tensor | Branch | None = None
         kernels = backend.kernels_run(h)
         lend = [kernels and lends(block, Block) for block in self.h]
         for layer, block in enumerate(self.h):
             apart = all(lend[layer : layer + 2])  # it gives, and the next takes
-            branch, h = block(branch, h, cache, layer, turn, apart)
+            branch, h = block(branch, h, cache, layer, turn, apart, documents)
         if cache is not None:
             cache.length += T
         y: Tensor
@@ -162,11 +184,16 @@ class GPT(nn.Module):
         y, _ = self.ln_f(last.x, h, p, last.bias)
         return y
 
-    def _embed(self, idx: Tensor, start: int, p: float) -> Tensor:
-        """Tokens, with learned positions from start on where the model has them: (B, T, C)."""
-        wpe, start = (None, 0) if self.wpe is None else (self.wpe.weight, start)
+    def _embed(self, idx: Tensor, start: int, p: float, places: Tensor | None) -> Tensor:
+        """Tokens, with learned positions where the model has them, those of places or from start
+        on: (B, T, C)."""
+        wpe = None if self.wpe is None else self.wpe.weight
         try:
-            return ops.embedding(idx, self.wte.weight, wpe, start=start, dropout_p=p)
+            if wpe is None or places is None:
+                start = 0 if wpe is None else start
+                return ops.embedding(idx, self.wte.weight, wpe, start=start, dropout_p=p)
+            h = ops.embedding(idx, self.wte.weight) + ops.embedding(places, wpe)
+            return F.dropout(h, p) if p else h
         except IndexError:
             low, high = int(idx.min()), int(idx.max())
             raise ValueError(
@@ -184,14 +211,16 @@ class GPT(nn.Module):
             self._turns = cos.to(device), sin.to(device)
         return self
 
-    def _turn(self, start: int, T: int) -> Turn | None:
-        """Cosines and sines of T positions from start on, for rotary embedding."""
+    def _turn(self, start: int, T: int, places: Tensor | None = None) -> Turn | None:
+        """Cosines and sines of places, or of T positions from start on, for rotary embedding."""
         if self._turns is None:
             return None
         cos, sin = self._turns
         if cos.device != self.wte.weight.device:
             cos, sin = (t.to(self.wte.weight.device) for t in (cos, sin))
             self._turns = cos, sin
+        if places is not None:
+            return cos[places], sin[places]  # (B, T, D / 2)
         return cos[start : start + T], sin[start : start + T]
 
     @property
@@ -203,13 +232,17 @@ class GPT(nn.Module):
         """The output layer: hidden output_weight^T, (..., n_embd) -> (..., vocab_size)."""
         return F.linear(hidden, self.output_weight)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Predict the token after each one: logits, or with targets the mean loss in nats.
 
         Args:
             idx: (B, T), int64 or int32, ids below vocab_size, T at most block_size.
             targets: (B, T) int64; targets[b, t] is the id that follows idx[b, :t + 1], or -100
                 for a position that is to take no part.
+            cu_seqlens, max_seqlen: documents in the rows, each by itself; see `hidden`.
 
         Returns:
             logits (B, T, vocab_size) of the weights' dtype (of autocast's under autocast), or
@@ -228,22 +261,52 @@ class GPT(nn.Module):
             if targets.dtype != torch.int64:
                 raise TypeError(f"GPT: targets must be int64; got {targets.dtype}")
         cls = type(self)  # FSDP puts what gathers weights around the instance's methods
-        hidden = cls.hidden(self, idx)
+        hidden = cls.hidden(self, idx, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if targets is None:
             return cls.logits(self, hidden)
         return ops.linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=IGNORE)
 
-    def _check(self, idx: Tensor, start: int) -> None:
+    def _check(self, idx: Tensor, start: int, documents: Documents | None) -> None:
         if idx.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"GPT: idx must be int64 or int32; got {idx.dtype}")
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"GPT: idx must be (B, T) with T at least 1; got {tuple(idx.shape)}")
-        if start + idx.shape[1] > self.config.block_size:
+        longest = idx.shape[1] if documents is None else documents[1]
+        if start + longest > self.config.block_size:
             after = f" after {start} in the cache" if start else ""
             raise ValueError(
                 f"GPT: the context is at most block_size {self.config.block_size} tokens;"
-                f" got {idx.shape[1]}{after}"
+                f" got {longest}{after}"
             )
+
+    def _documents(
+        self, idx: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: KVCache | None
+    ) -> Documents | None:
+        if cu_seqlens is None:
+            if max_seqlen is not None:
+                raise ValueError("GPT: max_seqlen needs cu_seqlens; got max_seqlen alone")
+            return None
+        if cache is not None:
+            raise ValueError("GPT: a cache holds one document a row; got cu_seqlens beside it")
+        cu = cu_seqlens
+        if cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"GPT: cu_seqlens must be int32 or int64; got {cu.dtype}")
+        if cu.ndim != 1 or cu.shape[0] < 2:
+            raise ValueError(f"GPT: cu_seqlens must be (n + 1,), n from 1; got {tuple(cu.shape)}")
+        longest = min(idx.shape[-1], self.config.block_size) if max_seqlen is None else max_seqlen
+        if cu.device.type == "cpu" and not torch.compiler.is_compiling():
+            lengths = cu.diff()
+            if cu[0] != 0 or cu[-1] != idx.numel() or int(lengths.min()) < 0:
+                raise ValueError(
+                    f"GPT: cu_seqlens must go from 0 to {idx.numel()}, the tokens of idx, and not"
+                    f" fall; got {int(cu[0])} to {int(cu[-1])}, steps from {int(lengths.min())}"
+                )
+            if int(lengths.max()) > longest:
+                raise ValueError(
+                    f"GPT: max_seqlen must be at least that of the longest document,"
+                    f" {int(lengths.max())}; got {longest}"
+                )
+        return cu, longest
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """An empty cache for batch_size rows of at most length (block_size) positions."""

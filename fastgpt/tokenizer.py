@@ -6,6 +6,8 @@ package, and the file is its tokenizer.json.
 """
 
 import codecs
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -133,6 +135,23 @@ class Tokenizer:
         """The ids of many texts, on all cores."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def markup(self, text: str) -> list[int]:
+        """The ids of a text in which the names of special tokens stand for them, a template's."""
+        self._inner.encode_special_tokens = False
+        try:
+            return list(self._inner.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._inner.encode_special_tokens = True
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides on ids: what two tokenizers that encode alike share."""
+        told = json.loads(self._inner.to_str())
+        for name in ("version", "truncation", "padding", "post_processor", "decoder"):
+            told.pop(name, None)
+        text = json.dumps(told, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

@@ -43,9 +43,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def _pieces(document: str, size: int) -> list[str]:
+def pieces(document: str, size: int) -> list[str]:
     """Cut a document into pieces of at most size characters, at a paragraph's end if it can."""
-    pieces = []
+    cut = []
     start = 0
     while len(document) - start > size:
         end = start + size
@@ -54,10 +54,10 @@ def _pieces(document: str, size: int) -> list[str]:
             if at >= 0:
                 end = at + len(mark)
                 break
-        pieces.append(document[start:end])
+        cut.append(document[start:end])
         start = end
-    pieces.append(document[start:])
-    return pieces
+    cut.append(document[start:])
+    return cut
 
 
 def split(
@@ -84,17 +84,17 @@ def split(
     documents = _without_repeats(documents)
     total = sum(map(len, documents))
     size = min(PIECE, max(64, total // 100))
-    pieces = [(n, piece) for n, d in enumerate(documents) for piece in _pieces(d, size)]
+    cut = [(n, piece) for n, d in enumerate(documents) for piece in pieces(d, size)]
     chosen: set[int] = set()
     left = held_out * total
-    for i in np.random.default_rng(seed).permutation(len(pieces)):
+    for i in np.random.default_rng(seed).permutation(len(cut)):
         if left <= 0:
             break
         chosen.add(int(i))
-        left -= len(pieces[i][1])
+        left -= len(cut[i][1])
     parts: tuple[list[str], list[str]] = ([], [])
     last: tuple[int, int] | None = None  # document and part of the piece before
-    for i, (n, piece) in enumerate(pieces):
+    for i, (n, piece) in enumerate(cut):
         part = int(i in chosen)
         if last == (n, part):
             parts[part][-1] += piece

@@ -1,0 +1,321 @@
+"""Files to token shards: what is read, how it is divided, and what is refused."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastgpt.data import Corpus, DataConfig, Sampler, prepare
+from fastgpt.tokenizer import Tokenizer
+
+
+def words(n: int, seed: int) -> str:
+    rng = random.Random(seed)
+    return " ".join(str(rng.randrange(10**6)) for _ in range(n))
+
+
+def text_file(folder: Path, paragraphs: int = 200, name: str = "a.txt") -> str:
+    path = folder / name
+    path.write_text("\n\n".join(words(20, i) for i in range(paragraphs)), encoding="utf-8")
+    return str(path)
+
+
+def jsonl_file(folder: Path, records: list[Any], name: str = "a.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def made(folder: Path, *files: str, **options: Any) -> Corpus:
+    config = DataConfig(files=files, vocab_size=300, **options)
+    return prepare(config, folder / "corpus", progress=False)
+
+
+def texts(corpus: Corpus, name: str) -> list[str]:
+    """The documents of a part, decoded."""
+    part = getattr(corpus, name)
+    ids, _ = part.read(0, len(part))
+    return [corpus.tokenizer.decode(one) for one in np.split(ids, part.ends[:-1])]
+
+
+def test_text_becomes_a_corpus_and_loses_nothing(tmp_path: Path) -> None:
+    path = text_file(tmp_path)
+    corpus = made(tmp_path, path)
+    both = texts(corpus, "train") + texts(corpus, "held_out")
+    source = Path(path).read_text()
+    assert sorted("".join(both)) == sorted(source)
+    assert all(one in source for one in both)
+    assert corpus.train.bytes + corpus.held_out.bytes == len(source.encode())
+    assert abs(corpus.held_out.bytes / len(source) - 0.1) < 0.02
+    assert corpus.train.documents > 5  # it is held out from all over
+    ids, learn = corpus.train.read(0, len(corpus.train))
+    assert learn.all()
+    assert int(corpus.token_bytes[ids].sum()) == corpus.train.bytes
+
+
+def test_what_is_held_out_was_never_seen(tmp_path: Path) -> None:
+    paragraphs = [words(20, i % 150) for i in range(600)]  # each comes four times
+    random.Random(0).shuffle(paragraphs)
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(paragraphs))
+    corpus = made(tmp_path, str(path))
+    train = "".join(texts(corpus, "train"))
+    held_out = "".join(texts(corpus, "held_out"))
+    assert len(train) + len(held_out) < path.stat().st_size / 3.9
+    shared = set(train.split("\n\n")) & set(held_out.split("\n\n"))
+    assert not {p for p in shared if p.strip()}
+    assert corpus.told["repeats_dropped"] == 450
+    # The tokenizer has learned from the training part alone.
+    again = Tokenizer.train(texts(corpus, "train"), 300)
+    assert again.fingerprint == corpus.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "deduplicate, kept", [("paragraphs", 50), ("documents", 50), ("none", 200)]
+)
+def test_records_that_recur(tmp_path: Path, deduplicate: str, kept: int) -> None:
+    records = [{"text": words(5, i % 50)} for i in range(200)]
+    corpus = made(tmp_path, jsonl_file(tmp_path, records), deduplicate=deduplicate)
+    train, held_out = texts(corpus, "train"), texts(corpus, "held_out")
+    assert len(train) + len(held_out) == kept
+    assert not set(train) & set(held_out)
+
+
+def test_prompts_are_not_learned_and_stay_together(tmp_path: Path) -> None:
+    records = [{"prompt": f"Say {i % 40}:", "completion": f" it is {i}."} for i in range(80)]
+    corpus = made(tmp_path, jsonl_file(tmp_path, records))
+    ids, learn = corpus.train.read(0, len(corpus.train))
+    end = corpus.tokenizer.eos
+    spoken = corpus.tokenizer.decode(ids[learn & (ids != end)])
+    assert "Say" not in spoken and spoken.count(" it is ") == corpus.train.documents
+    assert learn[ids == end].all()
+    prompts = [{t.split(":")[0] for t in texts(corpus, part)} for part in ("train", "held_out")]
+    assert not prompts[0] & prompts[1]
+
+
+def test_a_chat_teaches_what_the_assistant_says(tmp_path: Path) -> None:
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"question {i}"},
+                {"role": "assistant", "content": f"answer {i}"},
+                {"role": "user", "content": "thanks"},
+                {"role": "assistant", "content": "welcome"},
+            ]
+        }
+        for i in range(40)
+    ]
+    corpus = made(tmp_path, jsonl_file(tmp_path, chats), turn="[{role}] {content}\n")
+    ids, learn = corpus.train.read(0, int(corpus.train.ends[0]))
+    assert corpus.tokenizer.decode(ids) == (
+        "[user] question 0\n[assistant] answer 0\n[user] thanks\n[assistant] welcome\n"
+    )
+    assert corpus.tokenizer.decode(ids[learn]) == "answer 0\nwelcome\n"
+
+
+def test_a_separator_makes_documents(tmp_path: Path) -> None:
+    stories = [f"{words(8, i)}\n\n{words(8, 1000 + i)}" for i in range(30)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n<|endoftext|>\n".join(stories))
+    corpus = made(tmp_path, str(path), separator="<|endoftext|>")
+    assert sorted(texts(corpus, "train") + texts(corpus, "held_out")) == sorted(stories)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{broken", r"line 2 must be a JSON object; got Expecting property name .* column 2$"),
+        ("[1]", r"line 2 must be a JSON object; got list$"),
+        ('{"a": 1}', r"line 2 must have text, or prompt and completion, or messages; got a$"),
+        ('{"text": 3}', r"line 2: text must be a string; got int$"),
+        ('{"text": "\\ud800"}', r"line 2: text must be valid Unicode; got a lone surrogate"),
+        ('{"messages": []}', r"line 2: messages must be a list of at least one message$"),
+        ('{"messages": [{"role": "user"}]}', r"line 2: message 0 must have a role and content"),
+        ("[" * 100000, r"line 2 must be a JSON object that can be read$"),
+        (b'{"text": "\xff"}', r"line 2 must be UTF-8; got byte 0xff at offset 10 of it$"),
+    ],
+    ids=lambda v: str(v)[:20],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str | bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    bad = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"text": "fine"}\n' + bad + b'\n{"text": "fine too"}\n')
+    with pytest.raises(ValueError, match=rf"^jsonl: .*a\.jsonl, {message}"):
+        made(tmp_path, str(path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", r"must hold some text; got 0 bytes of it"),
+        (b"\xef\xbb\xbf \n", r"must hold some text; got 5 bytes of it"),
+        (b"abc\xff\xfe", r"must be UTF-8 text; got byte 0xff at offset 3"),
+        (b"x" * (2**20 - 1) + "好".encode()[:2], r"got byte 0xe5 at offset 1048575"),
+        ("text".encode("utf-16-le"), r"must be UTF-8 text; got a zero byte at offset 1"),
+    ],
+    ids=["empty", "blank", "latin", "cut short", "utf-16"],
+)
+def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^text: .*a\.txt .*{message}$"):
+        made(tmp_path, str(path))
+
+
+def test_an_empty_or_missing_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+        made(tmp_path, str(tmp_path / "nowhere.txt"))
+    assert not (tmp_path / "corpus").exists()
+    with pytest.raises(ValueError, match=r"^data: files must name at least one; got none$"):
+        made(tmp_path)
+    empty = tmp_path / "a.jsonl"
+    empty.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"must hold at least one record; got 2 bytes$"):
+        made(tmp_path, str(empty))
+
+
+def test_too_little_to_hold_some_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("A few words.")
+    with pytest.raises(ValueError, match=r"^data: there must be enough to hold some of it out"):
+        made(tmp_path, str(path))
+    with pytest.raises(ValueError, match=r"holds no finished corpus; shards\.json is missing$"):
+        Corpus.open(tmp_path / "corpus")
+
+
+def test_a_finished_corpus_is_opened_and_never_overwritten(tmp_path: Path) -> None:
+    path = text_file(tmp_path)
+    first = made(tmp_path, path)
+    before = (first.folder / "shards.json").read_bytes()
+    made(tmp_path, path, packing="documents")  # of no matter to the shards
+    os.utime(path)
+    made(tmp_path, path)  # touched, yet the same
+    with pytest.raises(ValueError, match=r"prepared with held_out 0\.1; got 0\.2; name another"):
+        made(tmp_path, path, held_out=0.2)
+    text = Path(path).read_text()
+    Path(path).write_text(text.replace("1", "2"))
+    with pytest.raises(ValueError, match=r"a\.txt changed since .* was prepared from it"):
+        made(tmp_path, path)
+    Path(path).unlink()
+    made(tmp_path, path)  # the corpus is all there is
+    assert (first.folder / "shards.json").read_bytes() == before
+    opened = prepare(DataConfig(files=(str(first.folder),)), tmp_path / "other", progress=False)
+    assert opened.folder == first.folder and not (tmp_path / "other").exists()
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    corpus = made(tmp_path, text_file(tmp_path))
+    Corpus.open(corpus.folder, Tokenizer.load(corpus.folder / "tokenizer.json"))
+    other = Tokenizer.train(["some other text"], 280)
+    with pytest.raises(
+        ValueError, match=r"holds ids of another tokenizer; got the tokenizer given"
+    ):
+        Corpus.open(corpus.folder, other)
+    other.save(corpus.folder / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"holds ids of another tokenizer; got .*tokenizer\.json"):
+        Corpus.open(corpus.folder)
+
+
+def test_a_given_tokenizer_makes_the_ids(tmp_path: Path) -> None:
+    given = Tokenizer.train([words(500, 7)], 290)
+    given.save(tmp_path / "given.json")
+    corpus = made(tmp_path, text_file(tmp_path), tokenizer=str(tmp_path / "given.json"))
+    assert corpus.tokenizer.fingerprint == given.fingerprint
+    assert corpus.vocab_size == given.vocab_size
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no manifest", "half"])
+def test_a_damaged_shard_is_found(tmp_path: Path, damage: str) -> None:
+    corpus = made(tmp_path, text_file(tmp_path))
+    shard = corpus.folder / "train-00000.tokens.npy"
+    data = bytearray(shard.read_bytes())
+    del corpus
+    if damage == "truncated":
+        shard.write_bytes(data[:-2])
+        message = rf"tokens\.npy is broken: it must have {len(data)} bytes; got {len(data) - 2};"
+    elif damage == "missing":
+        shard.unlink()
+        message = r"tokens\.npy is missing; prepare the corpus anew"
+    elif damage == "flipped":
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        message = r"tokens\.npy is broken: its bytes changed since it was written"
+    elif damage == "half":
+        manifest = shard.parent / "shards.json"
+        manifest.write_text(manifest.read_text()[:100])
+        message = r"shards\.json is broken; prepare the corpus anew"
+    else:
+        (shard.parent / "shards.json").unlink()
+        message = "holds no finished corpus"
+    with pytest.raises(ValueError, match=message):
+        Corpus.open(shard.parent, verify=True)
+
+
+def test_shards_are_read_as_one(tmp_path: Path) -> None:
+    path = text_file(tmp_path)
+    whole = made(tmp_path, path)
+    (tmp_path / "b").mkdir()
+    parts = made(tmp_path / "b", path, shard_bytes=2000)
+    assert len(parts.train.shards) > 5
+    for name in ("train", "held_out"):
+        one, many = getattr(whole, name), getattr(parts, name)
+        assert np.array_equal(one.ends, many.ends)
+        for a, b in ((0, len(one)), (5, 7), (len(one) // 3, len(one) // 2)):
+            for x, y in zip(one.read(a, b), many.read(a, b), strict=True):
+                assert np.array_equal(x, y)
+
+
+def _prepare(folder: Path, path: str) -> None:
+    made(folder, path, shard_bytes=3000)
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
+    path = text_file(tmp_path, 400)
+    (tmp_path / "whole").mkdir()
+    _prepare(tmp_path / "whole", path)
+    want = {f.name: f.read_bytes() for f in (tmp_path / "whole/corpus").glob("*.*")}
+    (tmp_path / "killed").mkdir()
+    rng, kills, shards = random.Random(0), 0, []
+    fork = multiprocessing.get_context("fork")
+    while not (tmp_path / "killed/corpus/shards.json").exists():
+        process = fork.Process(target=_prepare, args=(tmp_path / "killed", path))
+        process.start()
+        time.sleep(0.05 + 0.15 * rng.random() + 0.02 * kills)
+        if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGKILL)
+            kills += 1
+        process.join()
+        shards.append(len(list((tmp_path / "killed/corpus").glob("train-*.tokens.npy"))))
+    _prepare(tmp_path / "killed", path)
+    got = {f.name: f.read_bytes() for f in (tmp_path / "killed/corpus").glob("*.*")}
+    assert kills >= 2 and shards == sorted(shards)
+    for name, data in want.items():
+        assert got[name] == data, name
+    assert got.keys() == want.keys()
+
+
+def test_processes_that_prepare_at_once_make_one_corpus(tmp_path: Path) -> None:
+    path = text_file(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=_prepare, args=(tmp_path, path)) for _ in range(3)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    Corpus.open(tmp_path / "corpus", verify=True)
+
+
+def test_a_prepared_corpus_is_sampled(tmp_path: Path) -> None:
+    corpus = made(tmp_path, text_file(tmp_path))
+    sampler = Sampler(corpus.train, 32, 4)
+    assert corpus.tokenizer.decode(sampler(0).idx[0].tolist()) in Path(
+        tmp_path / "a.txt"
+    ).read_text() + "".join(texts(corpus, "train"))

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -276,29 +275,49 @@ def _prepare(folder: Path, path: str) -> None:
     made(folder, path, shard_bytes=3000)
 
 
+def _prepare_and_die(folder: Path, path: str, moment: int) -> None:
+    """Prepare, but die in the middle of it: as the disk is written for the moment-th time."""
+    left = moment
+
+    def dying(real: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        return call
+
+    os.replace, os.fsync = dying(os.replace), dying(os.fsync)
+    _prepare(folder, path)
+
+
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
-    path = text_file(tmp_path, 400)
-    (tmp_path / "whole").mkdir()
-    _prepare(tmp_path / "whole", path)
-    want = {f.name: f.read_bytes() for f in (tmp_path / "whole/corpus").glob("*.*")}
-    (tmp_path / "killed").mkdir()
+    path = text_file(tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    _prepare(whole, path)
+    want = {f.name: f.read_bytes() for f in (whole / "corpus").glob("*.*")}
     rng, kills, shards = random.Random(0), 0, []
     fork = multiprocessing.get_context("fork")
-    while not (tmp_path / "killed/corpus/shards.json").exists():
-        process = fork.Process(target=_prepare, args=(tmp_path / "killed", path))
+    while not (killed / "corpus/shards.json").exists():
+        process = fork.Process(target=_prepare_and_die, args=(killed, path, rng.randint(1, 24)))
         process.start()
-        time.sleep(0.05 + 0.15 * rng.random() + 0.02 * kills)
-        if process.is_alive():
-            os.kill(process.pid or 0, signal.SIGKILL)
-            kills += 1
         process.join()
-        shards.append(len(list((tmp_path / "killed/corpus").glob("train-*.tokens.npy"))))
-    _prepare(tmp_path / "killed", path)
-    got = {f.name: f.read_bytes() for f in (tmp_path / "killed/corpus").glob("*.*")}
-    assert kills >= 2 and shards == sorted(shards)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
+        if (log := killed / "corpus/progress.jsonl").exists():
+            if rng.random() < 0.2:  # the power went, and with it the end of the last line
+                log.write_bytes(log.read_bytes()[:-5])
+            shards.append(len(list((killed / "corpus").glob("train-*.tokens.npy"))))
+    _prepare(killed, path)
+    got = {f.name: f.read_bytes() for f in (killed / "corpus").glob("*.*")}
+    assert kills >= 5 and shards[-1] > 5
+    assert got.keys() == want.keys()
     for name, data in want.items():
         assert got[name] == data, name
-    assert got.keys() == want.keys()
 
 
 def test_processes_that_prepare_at_once_make_one_corpus(tmp_path: Path) -> None:

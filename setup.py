@@ -49,6 +49,7 @@ setup(
             "liger-kernel>=0.8",  # a peer's kernels, for the lab
             "kernels>=0.17",  # beside which fastgpt.kernels must import
             "mypy>=1.15",
+            "peft>=0.18",  # LoRA adapters in its layout are tested against it
             "playwright>=1.49",
             "pytest>=8",
             "pytest-benchmark>=5",

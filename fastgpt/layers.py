@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.norms import LayerNorm, RMSNorm, new_norm
 from fastgpt.ops import backend
+from fastgpt.ops.ffn import activate
 from fastgpt.transformer import (
     MultiheadAttention,
     TransformerDecoderLayer,
@@ -75,6 +76,10 @@ def lends(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks or module._backward_pre_hooks
     )  # fmt: skip
     return type(module) is kind and "forward" not in vars(module) and not hooked
+
+
+def _whole(y: Tensor, apart: bool) -> Tensor | Branch:
+    return Branch(y) if apart else y
 
 
 def unchanged(kept: list[tuple[Tensor, int]]) -> None:
@@ -229,8 +234,7 @@ class CausalSelfAttention(nn.Module):
         o, end = o.reshape(B, T, C), self.c_proj
         if apart and lends(end, nn.Linear):
             return Branch(F.linear(o, end.weight), end.bias)
-        y: Tensor = end(o)
-        return Branch(y) if apart else y
+        return _whole(end(o), apart)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, p: float, cache: KVCache | None, layer: int,
@@ -252,7 +256,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward: c_proj(act(c_fc(x))).
+    """The feed-forward: c_proj(act(c_fc(x))), one op, or layer by layer where a layer is not
+    nn.Linear itself or is watched by a hook.
 
     Args:
         n_embd: width C.
@@ -275,6 +280,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, apart: bool = False) -> Tensor | Branch:
         """x: (..., C) -> (..., C), or, if apart, a Branch of it and c_proj's bias."""
         up, down = self.c_fc, self.c_proj
+        if not (lends(up, nn.Linear) and lends(down, nn.Linear)):
+            return _whole(down(activate(up(x), self.activation)), apart)
         y = ops.ffn(
             x, up.weight, up.bias, down.weight, None if apart else down.bias,
             activation=self.activation, recompute=self.recompute,
@@ -285,7 +292,7 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """The gated feed-forward: down_proj(act(gate_proj(x)) * up_proj(x)), Llama's with "silu".
 
-    Parameters have the names that Llama's checkpoints give them.
+    One op, or layer by layer as MLP. Parameters have the names that Llama's checkpoints give them.
 
     Args:
         n_embd: width C.
@@ -308,6 +315,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor, apart: bool = False) -> Tensor | Branch:
         """x: (..., C) -> (..., C), or, if apart, a Branch of it and down_proj's bias."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not all(lends(part, nn.Linear) for part in (gate, up, down)):
+            return _whole(down(activate(gate(x), self.activation) * up(x)), apart)
         y = ops.ffn(
             x, up.weight, up.bias, down.weight, None if apart else down.bias,
             activation=self.activation, w_gate=gate.weight, b_gate=gate.bias,

@@ -111,7 +111,8 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors as Hugging Face's GPT-2 or Llama has them.
 
         transformers' AutoModelForCausalLM.from_pretrained(folder) loads them, and so does
-        `from_pretrained`, bit for bit. Each file is written whole or not at all.
+        `from_pretrained`, bit for bit. LoRA is merged on the way. Each file is written whole or not
+        at all.
 
         Args:
             folder: made if it is not there.

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastgpt.gguf_file import first_line, read_gguf
 from fastgpt.layouts import Layout, shape_from, shape_to, weights_from, weights_to
+from fastgpt.lora import merged_weights
 from fastgpt.model import GPT, GPTConfig
 
 Find = Callable[[str], Path | None]  # a file of the folder by its name, if it is there
@@ -64,7 +65,8 @@ def save_pretrained(model: GPT, folder: str | os.PathLike[str]) -> None:
     """See `GPT.save_pretrained`."""
     folder = Path(folder).expanduser()
     config = shape_to(model.config)
-    weights = weights_to({n: t.detach().cpu() for n, t in model.state_dict().items()}, model.config)
+    ours = {name: t.detach().cpu() for name, t in merged_weights(model).items()}
+    weights = weights_to(ours, model.config)
     config["dtype"] = str(model.wte.weight.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".save_pretrained.", dir=folder))

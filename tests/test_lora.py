@@ -89,6 +89,7 @@ def test_a_layer_is_its_formula(bias: bool) -> None:
     base = nn.Linear(6, 10, bias).double()
     layer = LoRALinear(base, rank=3, alpha=5.0)
     assert layer.weight is base.weight and layer.bias is base.bias
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     x = torch.randn(4, 2, 6, dtype=torch.float64)
     assert torch.equal(layer(x), base(x))
     nn.init.normal_(layer.lora_B)

@@ -241,11 +241,7 @@ class CausalSelfAttention(nn.Module):
         turn: Turn | None, documents: Documents | None,
     ) -> Tensor:  # fmt: skip
         """q (B, T, H, D) and k, v (B, T, Hkv, D) turned, k and v with those of the cache."""
-        if turn is not None and self.q_norm is not None and self.k_norm is not None:
-            q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-            q, k = ops.rotary(q, k, *turn, q_weight=q_weight, k_weight=k_weight, eps=eps or 0.0)
-        elif turn is not None:
-            q, k = ops.rotary(q, k, *turn)
+        q, k = self.turned(q, k, turn)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, Tk, Hkv, D)
         if documents is not None:
@@ -253,6 +249,15 @@ class CausalSelfAttention(nn.Module):
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B T, H, D), views
             return ops.attention_varlen(q, k, v, cu, cu, longest, longest, dropout_p=p)
         return ops.attention(q, k, v, dropout_p=p)
+
+    def turned(self, q: Tensor, k: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, D) and k (B, T, Hkv, D), normed and turned to their positions."""
+        if turn is None:
+            return q, k
+        if self.q_norm is None or self.k_norm is None:
+            return ops.rotary(q, k, *turn)
+        q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return ops.rotary(q, k, *turn, q_weight=q_weight, k_weight=k_weight, eps=eps or 0.0)
 
 
 class MLP(nn.Module):

@@ -254,18 +254,21 @@ class GPT(nn.Module):
             TypeError, ValueError: see `hidden`; the same for targets.
         """
         if targets is not None:
-            if targets.shape != idx.shape:
-                raise ValueError(
-                    "GPT: targets must have idx's shape;"
-                    f" got targets {tuple(targets.shape)}, idx {tuple(idx.shape)}"
-                )
-            if targets.dtype != torch.int64:
-                raise TypeError(f"GPT: targets must be int64; got {targets.dtype}")
+            self._check_targets(idx, targets)
         cls = type(self)  # FSDP puts what gathers weights around the instance's methods
         hidden = cls.hidden(self, idx, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if targets is None:
             return cls.logits(self, hidden)
         return ops.linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=IGNORE)
+
+    def _check_targets(self, idx: Tensor, targets: Tensor) -> None:
+        if targets.shape != idx.shape:
+            raise ValueError(
+                "GPT: targets must have idx's shape;"
+                f" got targets {tuple(targets.shape)}, idx {tuple(idx.shape)}"
+            )
+        if targets.dtype != torch.int64:
+            raise TypeError(f"GPT: targets must be int64; got {targets.dtype}")
 
     def _check(self, idx: Tensor, start: int, documents: Documents | None) -> None:
         if idx.dtype not in (torch.int64, torch.int32):

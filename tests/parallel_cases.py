@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.parallel import Layout, ParallelConfig
+from fastgpt.parallel.order import gathered
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -100,15 +101,8 @@ def trained(
             norms.append(float(layout.clip_grad_norm(model.parameters(), 0.3)))
             opt.step()
         opt.zero_grad()
-    return Run(losses, norms, whole(model))
-
-
-def whole(model: GPT) -> dict[str, Tensor]:
-    """All weights, whole, in GPT's own order."""
-    return {
-        name: t.full_tensor() if hasattr(t, "full_tensor") else t
-        for name, t in model.state_dict().items()
-    }
+    weights = {name: gathered(t) for name, t in model.state_dict().items()}
+    return Run(losses, norms, weights)
 
 
 def same(got: Run, want: Run, atol: float = 1e-7) -> None:
@@ -170,6 +164,24 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {
     "fsdp, llama": ((2,), lambda: matches(half(fsdp=2), LLAMA)),
     "fsdp, not resharded": ((2,), lambda: matches(replace(half(fsdp=2), reshard=False))),
     "fsdp of all": ((4,), lambda: matches(ParallelConfig(dp=1, fsdp=-1))),
+    "tp": ((2, 4), lambda: matches(ParallelConfig(tp=-1, dp=1))),
+    "tp, llama": ((2,), lambda: matches(ParallelConfig(tp=2, dp=1), LLAMA)),
+    "tp, whole sequences": ((2,), lambda: matches(ParallelConfig(tp=2, sequence=False))),
+    "tp, llama, whole sequences": (
+        (2,),
+        lambda: matches(ParallelConfig(tp=2, sequence=False), LLAMA),
+    ),
+    "tp, odd length": ((2,), lambda: matches(ParallelConfig(tp=2), length=15)),
+    "tp, accumulated": ((2,), lambda: matches(ParallelConfig(tp=2), accumulate=2)),
+    "tp and dp": ((4,), lambda: matches(ParallelConfig(tp=2))),
+    "tp and fsdp": ((4,), lambda: matches(ParallelConfig(tp=2, fsdp=2))),
+    "tp and fsdp, llama": ((4,), lambda: matches(ParallelConfig(tp=2, fsdp=2), LLAMA)),
+    "cp": ((2, 4), lambda: matches(ParallelConfig(cp=-1, dp=1))),
+    "cp, llama": ((2,), lambda: matches(ParallelConfig(cp=2), LLAMA)),
+    "cp, odd length": ((2,), lambda: matches(ParallelConfig(cp=2), length=15)),
+    "cp and dp": ((4,), lambda: matches(ParallelConfig(cp=2))),
+    "cp and fsdp": ((4,), lambda: matches(ParallelConfig(cp=2, fsdp=2))),
+    "cp and tp": ((4,), lambda: matches(ParallelConfig(cp=2, tp=2), LLAMA)),
     "ranks that disagree": ((2,), ranks_that_disagree),
     "sizes that do not multiply": ((2,), sizes_that_do_not_multiply),
 }

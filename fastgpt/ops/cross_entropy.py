@@ -84,8 +84,9 @@ def rows_bwd(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, how: 
     d = (z - top[:, None]).exp_().mul_(scale[:, None])
     if smoothing != 0.0:
         d.sub_((w * (smoothing / z.shape[1]))[:, None])
-    at = torch.where(keep, target, 0).long()
-    d.scatter_add_(1, at[:, None], (w * (smoothing - 1.0))[:, None])
+    here = keep & (target >= 0) & (target < z.shape[1])  # or the target is no column of these
+    at = torch.where(here, target, 0).long()
+    d.scatter_add_(1, at[:, None], torch.where(here, w * (smoothing - 1.0), 0.0)[:, None])
     if softcap != 0.0:
         d.mul_(1.0 - (z / softcap).square())
     return d.masked_fill_(~keep[:, None], 0.0)

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.model import GPT, IGNORE
 from fastgpt.parallel.config import ParallelConfig
+from fastgpt.parallel.model import shared
 from fastgpt.sharded import local, norm
 
 
@@ -151,10 +152,17 @@ class Layout:
 
         Returns:
             The model.
+
+        Raises:
+            ValueError: the ranks of tp do not divide the model's heads or feed-forward.
         """
         if self.mesh is None:
             return model
         c = self.config
+        assert self.rows is not None
+        if c.tp > 1 or c.cp > 1:
+            tp = self.mesh["tp"] if c.tp > 1 else None
+            shared(model, tp, self.rows["cp"] if c.cp > 1 else None, c.sequence)
         if c.fsdp > 1 or c.tp > 1:
             if c.tp < self.world:
                 self._shard(model, dtype)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
@@ -40,14 +41,22 @@ class Batch:
     max_seqlen: int = 0
 
 
-def batch(step: int, rank: int = 0, world: int = 1, vocab: int = 61, length: int = T) -> Batch:
+def batch(
+    step: int, rank: int = 0, world: int = 1, length: int = T, documents: bool = False
+) -> Batch:
     """Rows of a step's batch, of which the first have few targets that count."""
     g = torch.Generator().manual_seed(step)
-    idx = torch.randint(vocab, (ROWS, length + 1), generator=g)
+    idx = torch.randint(61, (ROWS, length + 1), generator=g)
     targets = idx[:, 1:].clone()
     targets[torch.rand(ROWS, length, generator=g) < torch.linspace(0.95, 0.0, ROWS)[:, None]] = -100
+    ends = torch.rand(ROWS, length, generator=g) < 0.2  # of documents
+    ends[:, -1] = True
     rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    return Batch(idx[rows, :-1], targets[rows])
+    made = Batch(idx[rows, :-1], targets[rows])
+    if not documents:
+        return made
+    cu = F.pad(ends[rows].flatten().nonzero()[:, 0] + 1, (1, 0)).int()
+    return replace(made, cu_seqlens=cu, max_seqlen=int(cu.diff().max()))
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def made(config: GPTConfig) -> GPT:
 
 def trained(
     config: GPTConfig, layout: Layout, accumulate: int = 1, length: int = T,
-    optimizer: str = "own",
+    documents: bool = False, optimizer: str = "own",
 ) -> Run:  # fmt: skip
     model = layout.parallelize(made(config))
     own = optimizer == "own"
@@ -80,12 +89,8 @@ def trained(
         opt = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, foreach=False)
     losses, norms = [], []
     for step in range(STEPS):
-        all_rows = batch(step, layout.data_rank, layout.data_world, config.vocab_size, length)
-        n = len(all_rows.idx) // accumulate
-        parts = [
-            Batch(all_rows.idx[i * n : (i + 1) * n], all_rows.targets[i * n : (i + 1) * n])
-            for i in range(accumulate)
-        ]
+        at, many = layout.data_rank * accumulate, layout.data_world * accumulate
+        parts = [batch(step, at + i, many, length, documents) for i in range(accumulate)]
         count = layout.count(*parts) if accumulate > 1 else None
         total = torch.zeros((), dtype=torch.float64)
         for i, part in enumerate(parts):
@@ -121,7 +126,7 @@ _alone: dict[object, Run] = {}
 
 def matches(parallel: ParallelConfig, config: GPTConfig = SMALL, **options: object) -> None:
     """The layout's run is one process's."""
-    kept = {name: options[name] for name in ("length", "optimizer") if name in options}
+    kept = {name: options[name] for name in ("length", "optimizer", "documents") if name in options}
     key = (config, *kept.items())
     if key not in _alone:
         _alone[key] = trained(config, Layout(ParallelConfig(), CPU), **kept)  # type: ignore[arg-type]
@@ -131,6 +136,32 @@ def matches(parallel: ParallelConfig, config: GPTConfig = SMALL, **options: obje
 def half(**sizes: int) -> ParallelConfig:
     """The sizes with dp for the ranks that are left."""
     return ParallelConfig(dp=-1, **sizes)
+
+
+def generation() -> None:
+    """Logits, with a cache and without, of sequences that no number of ranks divides."""
+    sizes: list[dict[str, int]] = [{"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"cp": 2}]
+    for config in (SMALL, LLAMA):
+        alone, idx = made(config).eval(), batch(0).idx[:2, :7]
+        with torch.no_grad():
+            want = alone(idx)
+        for size in sizes:
+            layout = Layout.start(ParallelConfig(**{"dp": 1, **size}), CPU)
+            model = layout.parallelize(made(config)).eval()
+            with torch.no_grad():
+                close(model(idx), want, f"{size}")
+                close(model(F.pad(idx, (0, 1)))[:, :7], want, f"{size}, an even length")
+                cache = model.new_cache(2, 7)
+                parts = [
+                    model.hidden(part, cache) for part in (idx[:, :4], idx[:, 4:5], idx[:, 5:])
+                ]
+                close(model.logits(torch.cat(parts, 1)), want, f"{size}, cached")
+
+
+def close(got: Tensor, want: Tensor, what: str) -> None:
+    assert got.shape == want.shape, what
+    off = (got - want).abs().max().item()
+    assert off < 1e-9, f"{what}: off by {off:.1e}"
 
 
 def ranks_that_disagree() -> None:
@@ -179,6 +210,12 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {
     "cp": ((2, 4), lambda: matches(ParallelConfig(cp=-1, dp=1))),
     "cp, llama": ((2,), lambda: matches(ParallelConfig(cp=2), LLAMA)),
     "cp, odd length": ((2,), lambda: matches(ParallelConfig(cp=2), length=15)),
+    "cp, documents": ((2,), lambda: matches(ParallelConfig(cp=2), documents=True)),
+    "cp, llama, documents": ((2,), lambda: matches(ParallelConfig(cp=2), LLAMA, documents=True)),
+    "tp, documents": ((2,), lambda: matches(ParallelConfig(tp=2), documents=True)),
+    "tp, llama, documents": ((2,), lambda: matches(ParallelConfig(tp=2), LLAMA, documents=True)),
+    "fsdp, documents": ((2,), lambda: matches(half(fsdp=2), documents=True)),
+    "generation": ((2,), generation),
     "cp and dp": ((4,), lambda: matches(ParallelConfig(cp=2))),
     "cp and fsdp": ((4,), lambda: matches(ParallelConfig(cp=2, fsdp=2))),
     "cp and tp": ((4,), lambda: matches(ParallelConfig(cp=2, tp=2), LLAMA)),

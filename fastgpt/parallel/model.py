@@ -60,7 +60,8 @@ class SharedAttention(CausalSelfAttention):
                 o = ops.attention_packed(qkv, H, dropout_p=p)
             else:
                 o = self._attend(q, k, v, p, cache, layer, turn, documents)
-            y, bias = F.linear(o.flatten(2), self.c_proj.weight), self.c_proj.bias
+            o = o.reshape(*qkv.shape[:2], -1)
+            y, bias = F.linear(o, self.c_proj.weight), self.c_proj.bias
         return ended(y if tp is None else tp.leave(y), bias, apart)
 
 

@@ -10,7 +10,7 @@ https://arxiv.org/abs/2106.09685, section 4.1.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from fastgpt.model import GPT
 
-__all__ = ["LoRALinear", "LoraConfig", "add", "layers", "merge", "merged_weights", "replace_layer"]
+__all__ = [
+    "LoRALinear", "LoraConfig", "add", "describe", "layers", "merge", "merged_weights", "rebuild",
+    "replace_layer",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,33 @@ def merged_weights(model: GPT) -> dict[str, Tensor]:
         del weights[f"{name}.lora_A"], weights[f"{name}.lora_B"]
         weights[f"{name}.weight"] = layer.merged()
     return weights
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, float]]:
+    """The adapted layers of a model in plain values, from which `rebuild` makes them again."""
+    return {
+        name: {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout}
+        for name, layer in layers(model)
+    }
+
+
+def rebuild(model: GPT, described: Mapping[str, Mapping[str, float]]) -> GPT:
+    """Adapt the layers that `describe` has told of, in place, and freeze all else.
+
+    Raises:
+        ValueError: the model has no such linear layer.
+    """
+    model.requires_grad_(False)
+    for name, about in described.items():
+        try:
+            base = model.get_submodule(name)
+        except AttributeError:
+            base = None
+        if type(base) is not nn.Linear:
+            raise ValueError(f"lora: the model must have the linear layer {name}; it has not")
+        replace_layer(model, name, LoRALinear(base, int(about["rank"]), about["alpha"],
+                                              about["dropout"]))  # fmt: skip
+    return model
 
 
 def _named(name: str, target: str) -> bool:

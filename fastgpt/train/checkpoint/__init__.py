@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, by any number of ranks, and never run code when read.
 
     out/step-00001000/
-        config.json            format, version, the model's configuration
+        config.json            format, version, the model's configuration, which layers have LoRA
         tokenizer.json
         train.json             step, held-out loss, and what else training needs to go on
         model/                 weights, under the model's own names: one safetensors file a rank
@@ -17,9 +17,9 @@ place and no torn one in sight; what the disk spoils later the sums tell.
 
 from fastgpt.train.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from fastgpt.train.checkpoint.folder import best, checkpoints, find, verify
-from fastgpt.train.checkpoint.read import export, load, read_json
+from fastgpt.train.checkpoint.read import export, load, model_config, read_json
 
 __all__ = [
     "CheckpointConfig", "Checkpointer", "best", "checkpoints", "export", "find", "load",
-    "read_json", "verify",
+    "model_config", "read_json", "verify",
 ]  # fmt: skip

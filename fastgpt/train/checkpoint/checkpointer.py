@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastgpt import lora
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.checkpoint import folder as folders
 from fastgpt.train.checkpoint.folder import (
@@ -118,8 +119,11 @@ class Checkpointer:
         self.wait()
         about = {"step": step, "held_out_loss": held_out_loss}
         config = asdict(tensors.bare(model).config)  # type: ignore[call-overload]
+        shape = {"format": FORMAT, "version": VERSION, "model": config}
+        if adapted := lora.describe(tensors.bare(model)):
+            shape["lora"] = adapted
         texts = {
-            CONFIG: folders.dump({"format": FORMAT, "version": VERSION, "model": config}),
+            CONFIG: folders.dump(shape),
             TRAIN: folders.dump({**(state or {}), **about}),
         }
         parts = {MODEL: tensors.model_tensors(model)}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from fastgpt import lora
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.checkpoint.folder import (
@@ -33,6 +34,8 @@ def load(
 ) -> tuple[GPT, Tokenizer]:
     """Read model and tokenizer from a checkpoint, or from the newest whole one in a run's folder.
 
+    A run with LoRA gives a model with LoRA, which `fastgpt.lora.merge` makes plain.
+
     Raises:
         ValueError: it is no checkpoint of this library, or is damaged; the message says where.
     """
@@ -43,6 +46,8 @@ def load(
 
         with torch.device("meta"):
             model = GPT(config)
+            if adapted := read_json(folder / CONFIG).get("lora"):
+                lora.rebuild(model, adapted)
         want = model.state_dict()
         tensors.same(want, folder / MODEL)
         saved = tensors.stored(folder / MODEL)
@@ -52,8 +57,6 @@ def load(
         }
         tensors.read(weights, folder / MODEL)
         model.load_state_dict(weights, assign=True)
-        for p in model.parameters():
-            p.requires_grad_()
         tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(

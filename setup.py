@@ -1,6 +1,11 @@
 from setuptools import find_packages, setup
 
-TRAIN = ["jsonargparse[signatures]>=4.49", "tokenizers>=0.20", "tqdm>=4.66"]
+TRAIN = [
+    "jsonargparse[signatures]>=4.49",
+    "tensorboard>=2.16",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+]
 
 DATA = ["datasets>=3"]  # Hugging Face datasets as training data
 

@@ -26,7 +26,7 @@ while not trainer.done:
 print(trainer.evaluate())
 
 model, tokenizer = trainer.model, trainer.tokenizer
-prompt = torch.tensor([tokenizer.encode("The")], device=trainer.device)
+prompt = torch.tensor([tokenizer.encode("The")], device=trainer.layout.device)
 tokens = fastgpt.stream(model, prompt, 100, temperature=0.8, top_p=0.95, seed=0)
 for piece in tokenizer.stream(int(token) for token in tokens):
     print(piece, end="", flush=True)

@@ -6,11 +6,10 @@ traceback comes too.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 USAGE = """usage: fastgpt COMMAND ...
 
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except KeyboardInterrupt:
         return STOPPED
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
         with contextlib.suppress(BrokenPipeError):
@@ -104,57 +103,9 @@ def _demo(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    try:
-        import jsonargparse
-    except ImportError:
-        raise ImportError(
-            "train: needs the package jsonargparse; pip install 'fastgpt-triton[train]'"
-        ) from None
-    from fastgpt.train import TrainConfig, checkpoint, train
+    from fastgpt.train.cli import main as train
 
-    parser: Any = jsonargparse.ArgumentParser(
-        "fastgpt train", description="Train a GPT on text files.", exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_class_arguments(TrainConfig)
-    try:
-        options = parser.parse_args(_train_words(argv))
-        made = parser.instantiate(options).as_dict()
-    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise ValueError(f"fastgpt train: {error}; see fastgpt train --help") from None
-    made.pop("config")
-    config = TrainConfig(**made)
-    trainer = train(config)
-    folder = checkpoint.find(config.out)
-    if trainer.done:
-        print(f"done: {trainer.steps_done} steps, checkpoint {folder}")
-        return 0
-    print(f"stopped after {trainer.steps_done} steps, checkpoint {folder}; --resume goes on")
-    return STOPPED
-
-
-def _train_words(argv: list[str]) -> list[str]:
-    """The command line as jsonargparse takes it: --n-layer is --n_layer, as the other commands
-    write theirs; --data.files takes several words; --resume alone means must."""
-    words: list[str] = []
-    at = 0
-    while at < len(argv):
-        word = argv[at]
-        at += 1
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        name, equals, value = word.partition("=")
-        word = name.replace("-", "_").replace("__", "--", 1) + equals + value
-        end = at
-        while end < len(argv) and not argv[end].startswith("-"):
-            end += 1
-        if word == "--data.files" and end > at:
-            word, at = f"--data.files={json.dumps(argv[at:end])}", end
-        elif word == "--resume" and end == at:
-            word = "--resume=must"
-        words.append(word)
-    return words
+    return train(argv)
 
 
 def _generate(argv: list[str]) -> int:
@@ -185,7 +136,7 @@ def _generate(argv: list[str]) -> int:
 
     from fastgpt.generate import stream
     from fastgpt.train import load
-    from fastgpt.train.loop import pick_device
+    from fastgpt.train.device import pick_device
 
     device = pick_device(args.device)
     model, tokenizer = load(args.checkpoint, device)

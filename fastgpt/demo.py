@@ -16,8 +16,7 @@ from fastgpt.generate import stream
 from fastgpt.lab import agreement
 from fastgpt.ops.backend import explain
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import TrainConfig, Trainer, checkpoint
-from fastgpt.train.config import (
+from fastgpt.train import (
     BatchConfig,
     CheckpointConfig,
     DataConfig,
@@ -25,8 +24,11 @@ from fastgpt.train.config import (
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
+    Step,
+    TrainConfig,
+    Trainer,
+    checkpoint,
 )  # fmt: skip
-from fastgpt.train.loop import Step
 from fastgpt.train.run import open_folder, prepare, run
 
 PROMPT = 'The "for" statement'
@@ -68,13 +70,13 @@ def demo(
         optim=OptimConfig(lr=1e-3, beta2=0.99),
         schedule=ScheduleConfig(warmup=50),
         eval=EvalConfig(every=0),
-        checkpoint=CheckpointConfig(every=0),
+        checkpoint=CheckpointConfig(every=0, keep=1),
     )
     title, documents = _documents(text)
     trainer = prepare(config, documents)
     open_folder(Path(out))
 
-    train, held_out = trainer.batches.tokens, trainer.held_out.tokens
+    train, held_out = _ids(trainer)
     tokenizer, model = trainer.tokenizer, trainer.model
     sizes = [sum(_lengths(tokenizer, ids)) for ids in (train, held_out)]
     _section("Text")
@@ -93,9 +95,9 @@ def demo(
         f" {model.num_params():,} parameters"
     )
     dtype = str(trainer.dtype).removeprefix("torch.")
-    print(f"on {trainer.device}, matrix products in {dtype}; at most {minutes:g} minutes")
+    print(f"on {trainer.layout.device}, matrix products in {dtype}; at most {minutes:g} minutes")
     _section("Training")
-    tune = _Threads(trainer) if trainer.device.type == "cpu" else lambda made: None
+    tune = _Threads(trainer) if trainer.layout.device.type == "cpu" else lambda made: None
     run(trainer, Path(out), tune)
     if not trainer.done:
         print(f"stopped after {trainer.steps_done} steps")
@@ -135,6 +137,13 @@ def _documents(text: Sequence[str]) -> tuple[str, list[str]]:
     return f"Python's language reference, {len(topics)} topics", list(topics.values())
 
 
+def _ids(trainer: Trainer) -> tuple[Tokens, Tokens]:
+    """Of the training part and the held-out part."""
+    parts = (trainer.batches.part, trainer.held_out.part)
+    train, held_out = (part.read(0, len(part))[0] for part in parts)
+    return train, held_out
+
+
 def _lengths(tokenizer: Tokenizer, ids: Tokens) -> list[int]:
     table = [len(b) for b in tokenizer.token_bytes]
     return [table[id] for id in ids.tolist()]
@@ -142,7 +151,7 @@ def _lengths(tokenizer: Tokenizer, ids: Tokens) -> list[int]:
 
 def _report(trainer: Trainer) -> None:
     """The model beside what knows frequencies only."""
-    train, held_out = trainer.batches.tokens, trainer.held_out.tokens
+    train, held_out = _ids(trainer)
     tokenizer = trainer.tokenizer
     per_token = unigram_bits(train, held_out, tokenizer.vocab_size)
     a_token = sum(_lengths(tokenizer, held_out)) / len(held_out)
@@ -169,7 +178,7 @@ def _prompt(prompt: str | None, text: Sequence[str], tokenizer: Tokenizer, ids: 
 
 def _sample(trainer: Trainer, prompt: str, seed: int) -> None:
     model, tokenizer = trainer.model, trainer.tokenizer
-    ids = torch.tensor([tokenizer.encode(prompt)], device=trainer.device)
+    ids = torch.tensor([tokenizer.encode(prompt)], device=trainer.layout.device)
     n = min(NEW_TOKENS, model.config.block_size - ids.shape[1])
     new = stream(model, ids, n, temperature=0.8, top_p=0.95, seed=seed, eos=tokenizer.eos)
     sys.stdout.write(prompt)

@@ -29,6 +29,8 @@ SOURCES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastgpt").rglob("*.py")]
 def place(file: Path) -> str:
     """The layer a file belongs to."""
     parts = file.relative_to(ROOT).with_suffix("").parts
+    if parts[-1] == "__main__":
+        return "cli"
     return "kernels" if "kernels" in parts else parts[1]
 
 

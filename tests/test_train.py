@@ -1,6 +1,5 @@
 """Training: exact resume, checkpoints that survive a kill, numbers that are what they say."""
 
-import json
 import math
 import os
 import signal
@@ -11,52 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.train import TrainConfig, Trainer, checkpoint, train
-from fastgpt.train.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    ScheduleConfig,
-    flat,
-    to_yaml,
-)  # fmt: skip
-from fastgpt.train.run import interrupts, prepare
-
-TEXT = "\n\n".join(
-    f"In year {n} the {'quick' if n % 3 else 'slow'} fox met {n * n} dogs; 白日依山尽 {n}."
-    for n in range(300)
-)
-CONFIG = TrainConfig(
-    steps=12,
-    device="cpu",
-    model=ModelConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2),
-    data=DataConfig(vocab_size=300),
-    batch=BatchConfig(rows=4),
-    optim=OptimConfig(lr=3e-3),
-    schedule=ScheduleConfig(warmup=3),
-    eval=EvalConfig(every=5),
-    checkpoint=CheckpointConfig(every=4),
-    log=LogConfig(every=1),
-)
-
-
-def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """A configuration with other values, by dotted names."""
-    for name, value in changes.items():
-        group, _, field = name.rpartition(".")
-        if group:
-            name, value = group, replace(getattr(config, group), **{field: value})
-        config = replace(config, **{name: value})
-    return config
+from fastgpt.data import Part
+from fastgpt.train import BatchConfig, TrainConfig, Trainer, checkpoint, train
+from fastgpt.train.config import flat, to_yaml
+from fastgpt.train.run import interrupts
+from tests.train_runs import CONFIG, TEXT, changed, log, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +28,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def trainer(changes: dict[str, Any] | None = None, **top: Any) -> Trainer:
-    return prepare(changed(CONFIG, {**(changes or {}), **top}), [TEXT])
 
 
 def weights(t: Trainer) -> dict[str, torch.Tensor]:
@@ -159,7 +117,7 @@ def test_time_that_is_over_ends_the_run_on_a_low_learning_rate() -> None:
 def test_bits_per_byte_are_the_bits_of_the_bytes() -> None:
     t = trainer(precision="float32")
     t.model.eval()
-    tokens, T = t.held_out.tokens.astype(np.int64), 16
+    tokens, T = t.held_out.part.read(0, len(t.held_out.part))[0], 16
     windows = (len(tokens) - 1) // T
     x = torch.from_numpy(tokens[: windows * T]).view(windows, T)
     y = torch.from_numpy(tokens[1 : windows * T + 1]).view(windows, T)
@@ -174,13 +132,15 @@ def test_bits_per_byte_are_the_bits_of_the_bytes() -> None:
 
 def test_an_evaluation_of_some_windows_is_from_all_over_the_text() -> None:
     t = trainer({"eval.windows": 3})
-    T, tokens = 16, t.held_out.tokens
+    T, tokens = 16, t.held_out.part.read(0, len(t.held_out.part))[0]
     windows = (len(tokens) - 1) // T
     assert windows > 6
     parts = [tokens[w * T : w * T + T + 1] for w in (0, windows // 3, 2 * windows // 3)]
     three = changed(t.config, {"eval.windows": 0})
     losses = [
-        Trainer(three, t.model, t.tokenizer, t.batches.tokens, part).evaluate().loss
+        Trainer(three, t.model, t.tokenizer, t.batches.part, Part.of([part.tolist()]))
+        .evaluate()
+        .loss
         for part in parts
     ]
     assert t.evaluate().loss == pytest.approx(sum(losses) / 3, rel=1e-3)
@@ -205,12 +165,6 @@ def config(tmp_path: Path) -> TrainConfig:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     data = (str(tmp_path / "text.txt"),)
     return changed(CONFIG, {"data.files": data, "out": str(tmp_path / "run")})
-
-
-def log(out: str) -> list[dict[str, Any]]:
-    lines = (Path(out) / "log.jsonl").read_text().splitlines()
-    keep = ("step", "loss", "lr", "grad_norm", "held_out_loss", "held_out_bits_per_byte")
-    return [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(

@@ -201,7 +201,7 @@ class _Preparation:
         total = None if None in self.sizes else sum(size or 0 for size in self.sizes)
         with tqdm(
             total=total, unit="B", unit_scale=True, desc=what, leave=False, file=sys.stderr,
-            disable=not self.progress, mininterval=0.2 if sys.stderr.isatty() else 15.0,
+            disable=not self.progress, mininterval=0.2 if sys.stderr.isatty() else 15.0, delay=1.0,
         ) as bar:  # fmt: skip
             yield from divided(
                 self.config, division, sources,

@@ -6,6 +6,6 @@ rounding.
 """
 
 from fastgpt.parallel.config import ParallelConfig
-from fastgpt.parallel.layout import Layout
+from fastgpt.parallel.layout import Layout, rank
 
-__all__ = ["Layout", "ParallelConfig"]
+__all__ = ["Layout", "ParallelConfig", "rank"]

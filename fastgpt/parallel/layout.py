@@ -297,6 +297,11 @@ class Layout:
             self._owns = False
 
 
+def rank() -> int:
+    """This process's number, from 0, also where no process group is (yet, or any more)."""
+    return dist.get_rank() if dist.is_initialized() else _environment("RANK", 0)
+
+
 def _mixed(seed: int, rank: int) -> int:
     """Another seed for another rank, SplitMix64's step (Steele, Lea, Flood, 2014)."""
     z = (seed + rank * 0x9E3779B97F4A7C15) % 2**64

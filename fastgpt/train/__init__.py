@@ -1,20 +1,16 @@
-"""Training a GPT: configuration, loop, checkpoints."""
+"""Training a GPT: configuration, loop, evaluation, checkpoints, logs; on one rank or many."""
 
+from fastgpt.data import DataConfig
+from fastgpt.parallel import ParallelConfig
 from fastgpt.train.captured import CapturedStep
-from fastgpt.train.checkpoint import load
-from fastgpt.train.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
-from fastgpt.train.loop import Evaluation, Trainer
+from fastgpt.train.checkpoint import CheckpointConfig, load
+from fastgpt.train.config import BatchConfig, ModelConfig, TrainConfig
+from fastgpt.train.evaluation import EvalConfig, Evaluation
+from fastgpt.train.log import LogConfig
+from fastgpt.train.loop import Step, Trainer
+from fastgpt.train.optimizer import OptimConfig
 from fastgpt.train.run import train
+from fastgpt.train.schedule import ScheduleConfig
 
 __all__ = [
     "BatchConfig",
@@ -26,7 +22,9 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "ScheduleConfig",
+    "Step",
     "TrainConfig",
     "Trainer",
     "load",

@@ -7,18 +7,22 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from fastgpt.data import DataConfig
 from fastgpt.model import GPTConfig
-from fastgpt.train.checkpoint import CheckpointConfig as CheckpointConfig
-from fastgpt.train.optimizer import OptimConfig as OptimConfig
-from fastgpt.train.schedule import ScheduleConfig as ScheduleConfig
+from fastgpt.parallel import ParallelConfig
+from fastgpt.train.checkpoint import CheckpointConfig
+from fastgpt.train.device import PRECISIONS
+from fastgpt.train.evaluation import EvalConfig
+from fastgpt.train.log import LogConfig
+from fastgpt.train.optimizer import OptimConfig
+from fastgpt.train.schedule import ScheduleConfig
 
-PRECISIONS = ("auto", "float32", "bfloat16")
 RESUME = ("never", "auto", "must")
 
 # Fields, or whole groups, that may differ between the parts of a resumed run.
 FREE = (
-    "out", "device", "max_seconds", "resume", "data.files", "data.tokenizer", "eval", "checkpoint",
-    "log",
+    "out", "device", "max_seconds", "max_skipped", "compile", "resume", "data.files",
+    "data.tokenizer", "eval", "checkpoint", "log", "parallel",
 )  # fmt: skip
 
 
@@ -56,27 +60,6 @@ class ModelConfig:
         """The model's configuration, for a tokenizer of vocab_size ids."""
         given = {k: v for k, v in asdict(self).items() if k != "preset" and v is not None}
         return replace(GPTConfig.preset(self.preset), vocab_size=vocab_size, **given)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on.
-
-    Attributes:
-        files: UTF-8 text files.
-        tokenizer: a tokenizer.json to use; None trains one on the training part.
-        vocab_size: ids of a tokenizer that is trained.
-        held_out: share of the text that is held out to evaluate on.
-    """
-
-    files: tuple[str, ...] = ()
-    tokenizer: str | None = None
-    vocab_size: int = 2048
-    held_out: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.held_out < 1.0:
-            raise ValueError(f"data: held_out must lie in (0, 1); got {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -120,36 +103,6 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """When held-out text is predicted, and how much of it.
-
-    Attributes:
-        every: steps between evaluations; 0 for one at the end only.
-        windows: the most windows of held-out text, from all over it; 0 for all.
-    """
-
-    every: int = 200
-    windows: int = 512
-
-    def __post_init__(self) -> None:
-        _at_least(0, "eval", self, "every", "windows")
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What is written about the run.
-
-    Attributes:
-        every: steps between lines of the log.
-    """
-
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        _at_least(1, "log", self, "every")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -160,7 +113,11 @@ class TrainConfig:
         max_seconds: if given, stop after this time; the learning rate then falls with the steps or
             with the time, whichever is further on.
         device: "auto" (CUDA if there is one), "cpu", "cuda", ...
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the device has it.
+        precision: "float32", "bfloat16" or "float16" of matrix products (autocast; float16 with a
+            scaled loss), or "auto": bfloat16 where the device has it.
+        compile: torch.compile the model: at first some minutes, then faster.
+        max_skipped: a step whose loss or gradient is not finite changes nothing; after so many of
+            them one after the other the run stops.
         resume: "never" begins a run and refuses a folder that holds one; "must" goes on with the
             run there; "auto" goes on if there is one and begins it otherwise.
         model: its shape.
@@ -171,6 +128,7 @@ class TrainConfig:
         eval: when held-out text is predicted.
         checkpoint: when the run is saved.
         log: what is written about it.
+        parallel: how many ranks share what, under torchrun.
     """
 
     out: str = "runs/train"
@@ -179,6 +137,8 @@ class TrainConfig:
     max_seconds: float | None = None
     device: str = "auto"
     precision: str = "auto"
+    compile: bool = False
+    max_skipped: int = 20
     resume: str = "never"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -188,9 +148,10 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        _at_least(1, "train", self, "steps")
+        _at_least(1, "train", self, "steps", "max_skipped")
         _at_least(0, "train", self, "seed")
         if self.max_seconds is not None and not self.max_seconds > 0.0:
             raise ValueError(f"train: max_seconds must be positive; got {self.max_seconds}")
@@ -244,6 +205,8 @@ def check_same_run(before: dict[str, Any], now: TrainConfig) -> None:
     for name, value in flat(now).items():
         if name in FREE or name.split(".")[0] in FREE:
             continue
+        if name == "batch.rows" and now.batch.tokens is not None:
+            continue  # then it is of no matter to what a step reads
         if before.get(name) != value:
             raise ValueError(
                 f"train: a resumed run must keep its {name}, {before.get(name)}; got {value}"

@@ -1,84 +1,73 @@
 """The training loop. Step n is a function of the configuration and the state after step n - 1.
 
 The batch and the dropout masks of a step come from (seed, step) alone, so a run that is stopped
-and resumed is, on one device, bit for bit the run that was not.
+and resumed is, on as many ranks, bit for bit the run that was not. On another number of ranks it
+reads the same batches, and differs by rounding.
 """
 
-import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastgpt.data import Batches, Tokens
+from fastgpt.data import Batch, Part, Sampler
 from fastgpt.model import GPT
+from fastgpt.parallel import Layout
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.checkpoint import Checkpointer
 from fastgpt.train.config import TrainConfig
+from fastgpt.train.device import autocast, pick_device, pick_precision
+from fastgpt.train.evaluation import Evaluation, evaluate, write
 from fastgpt.train.schedule import set_learning_rate
 
-EVAL_ROWS = 16
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well held-out text is predicted.
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One optimizer step. To read its numbers waits for the GPU to have made it.
 
     Attributes:
-        loss: mean over tokens, in nats.
-        perplexity: exp(loss).
-        bits_per_byte: bits of all tokens over the bytes of UTF-8 that they stand for.
+        step: its number, from 1.
+        lr: learning rate.
+        values: (3,) float32 on the device: loss, gradient norm, steps skipped so far.
     """
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: its number from 1, mean loss in nats, learning rate, gradient norm."""
 
     step: int
-    loss: float
     lr: float
-    grad_norm: float
+    values: Tensor
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Step):
+            return NotImplemented
+        return (self.step, self.lr, self._read) == (other.step, other.lr, other._read)
 
-def pick_device(name: str) -> torch.device:
-    """The device called name; "auto" is CUDA if there is one.
+    __hash__ = None  # type: ignore[assignment]
 
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"train: the device must be one that is here; got {name!r}") from None
-    return device
+    @cached_property
+    def _read(self) -> list[float]:
+        values: list[float] = self.values.tolist()
+        return values
 
+    @property
+    def loss(self) -> float:
+        """Mean over the tokens of all ranks, in nats."""
+        return self._read[0]
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; "auto" is bfloat16 where the device computes in it."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has: dict[str, Any] = getattr(
-            torch.cpu, "get_capabilities", dict
-        )()  # not in older versions of torch
-        fast = device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    @property
+    def grad_norm(self) -> float:
+        """Of all gradients together, before they were clipped."""
+        return self._read[1]
+
+    @property
+    def skipped(self) -> int:
+        """Steps so far whose loss or gradient was not finite, and which changed nothing."""
+        return int(self._read[2])
 
 
 class Trainer:
@@ -86,9 +75,18 @@ class Trainer:
 
     Args:
         config: of the run.
-        model: to train; moved to the run's device.
+        model: to train; moved to the run's device, and shared among the ranks.
         tokenizer: of the data.
-        train_tokens, held_out_tokens: ids, each longer than the model's block_size.
+        train, held_out: the parts of the data.
+        layout: the ranks; None is this process alone.
+
+    Attributes:
+        rows, passes: of a step: windows over all ranks, and forward passes on each.
+        steps_done: optimizer steps.
+        seconds: spent in training and evaluation, also before a resume.
+
+    Raises:
+        ValueError: the batch does not divide among the ranks, or a part of the data is too short.
     """
 
     def __init__(
@@ -96,23 +94,36 @@ class Trainer:
         config: TrainConfig,
         model: GPT,
         tokenizer: Tokenizer,
-        train_tokens: Tokens,
-        held_out_tokens: Tokens,
+        train: Part,
+        held_out: Part,
+        layout: Layout | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.device = pick_device(config.device)
-        self.dtype = pick_precision(config.precision, self.device)
-        self.model = model.to(self.device)
-        self.optimizer = config.optim.build(self.model)
-        T = model.config.block_size
-        self.rows, self.passes = config.batch.split(T)
-        self.batches = Batches(train_tokens, T, self.rows, config.seed)
-        self.held_out = Batches(held_out_tokens, T, EVAL_ROWS)
-        self.steps_done = 0
-        self.seconds = 0.0  # spent in training and evaluation, also before a resume
+        if layout is None:
+            layout = Layout.start(config.parallel, pick_device(config.device))
+        self.layout = layout
+        self.dtype = pick_precision(config.precision, layout.device)
+        self.block_size = T = model.config.block_size
+        self.rows, self.passes = config.batch.split(T, layout.data_world)
+        packing = config.data.packing
+        self.batches = Sampler(train, T, self.rows, config.seed, packing)
+        self.held_out = Sampler(held_out, T, 1, config.seed, packing)
         lengths = [len(b) for b in tokenizer.token_bytes]
         lengths += [0] * (model.config.vocab_size - len(lengths))
         self._bytes = torch.tensor(lengths)
+
+        model = model.to(layout.device)
+        if config.compile:
+            _compile(model, whole=layout.config.fsdp * layout.config.tp * layout.config.cp == 1)
+        self.model = layout.parallelize(model, None if self.dtype == torch.float32 else self.dtype)
+        self.optimizer = config.optim.build(self.model, skip_nonfinite=True)
+        self.scaler = torch.amp.GradScaler(layout.device.type, enabled=self.dtype == torch.float16)
+        # To agree by gloo makes no rank wait for its GPU.
+        self._group = dist.new_group(backend="gloo") if layout.world > 1 else None
+        self.steps_done = 0
+        self.seconds = 0.0
+        # Steps that were not finite: in all, and one after the other up to now.
+        self._skipped, self._in_a_row = torch.zeros(2, device=layout.device)
 
     @property
     def done(self) -> bool:
@@ -131,88 +142,118 @@ class Trainer:
         return self.config.optim.lr * factor
 
     def step(self) -> Step:
-        """Make one optimizer step."""
+        """Make one optimizer step. One whose loss or gradient is not finite changes nothing."""
         start = time.monotonic()
-        c = self.config
+        c, layout = self.config, self.layout
         lr = self.learning_rate()
         set_learning_rate(self.optimizer, c.schedule.factor(self.steps_done, self.progress()))
-        torch.manual_seed(int(np.random.default_rng((c.seed, self.steps_done)).integers(2**62)))
+        layout.seed(int(np.random.default_rng((c.seed, self.steps_done)).integers(2**62)))
         self.model.train()
-        total = torch.zeros((), device=self.device)
-        x, y = self.batches(self.steps_done)
-        for inputs, targets in zip(x.chunk(self.passes), y.chunk(self.passes), strict=True):
-            inputs, targets = self._to_device(inputs, targets)
-            with self._autocast():
-                loss = self.model(inputs, targets) / self.passes
-            loss.backward()
+        batches = split(
+            self.batches(self.steps_done, layout.data_rank, layout.data_world), self.passes
+        )
+        count = layout.count(*batches)
+        total = torch.zeros((), device=layout.device)
+        for n, batch in enumerate(batches, 1):
+            batch = batch.to(layout.device)
+            with layout.no_sync(self.model, n < len(batches)):
+                with autocast(layout.device, self.dtype):
+                    loss = layout.loss(self.model, batch, count)
+                # Where the loss is not finite every gradient shall be so, on all ranks.
+                one = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+                self.scaler.scale(loss).backward(one)
             total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
         self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        made = Step(self.steps_done, float(total), lr, float(self.optimizer.grad_norm))
+        norm = self.optimizer.grad_norm
+        bad = (~norm.isfinite()).float()
+        self._skipped = self._skipped + bad
+        self._in_a_row = (self._in_a_row + 1.0) * bad
+        values = torch.stack([layout.all_reduce(total, "mean"), norm, self._skipped])
+        made = Step(self.steps_done, lr, values)
         self.seconds += time.monotonic() - start
         return made
 
-    @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Predict held-out text, in windows of block_size that do not overlap."""
+        """Predict held-out text, in rows that do not overlap; all ranks call this."""
         start = time.monotonic()
-        training = self.model.training
-        self.model.eval()
-        T, tokens = self.held_out.block_size, self.held_out.tokens
-        windows = (len(tokens) - 1) // T
-        n = min(windows, self.config.eval.windows or windows)
-        chosen = [i * windows // n for i in range(n)]
-        nats, count, length = 0.0, 0, 0
-        for at in range(0, n, EVAL_ROWS):
-            rows = [tokens[w * T : w * T + T + 1] for w in chosen[at : at + EVAL_ROWS]]
-            both = torch.from_numpy(np.stack(rows).astype(np.int64))
-            x, y = self._to_device(both[:, :-1], both[:, 1:])
-            with self._autocast():
-                nats += float(self.model(x, y)) * y.numel()
-            count += y.numel()
-            length += int(self._bytes[both[:, 1:]].sum())
-        self.model.train(training)
+        result = evaluate(
+            self.model, self.held_out, self._bytes, self.layout, self.dtype,
+            self.config.eval.windows,
+        )  # fmt: skip
         self.seconds += time.monotonic() - start
-        loss = nats / count
-        bits = nats / math.log(2.0) / max(1, length)
-        return Evaluation(loss, math.exp(min(loss, 700.0)), bits)
+        return result
+
+    def write(self) -> list[str]:
+        """Texts as config.eval asks for; all ranks call this."""
+        start = time.monotonic()
+        with autocast(self.layout.device, self.dtype):
+            texts = write(
+                self.model, self.tokenizer, self.config.eval, self.layout.device, self.config.seed
+            )
+        self.seconds += time.monotonic() - start
+        return texts
 
     def fit(
         self,
         stop: Callable[[], bool] = lambda: False,
         on_step: Callable[[Step], None] = lambda made: None,
         on_eval: Callable[[int, Evaluation], None] = lambda step, result: None,
-        save: Callable[[], object] = lambda: None,
+        save: Callable[[float | None], object] = lambda held_out_loss: None,
+        on_text: Callable[[int, str], None] = lambda step, text: None,
     ) -> None:
-        """Train until the run is done, or stop() is true after a step.
+        """Train until the run is done, or stop() is true after a step on any rank.
 
         Args:
             stop: asked after every step.
-            on_step, on_eval: told of every step and evaluation.
-            save: called every checkpoint.every steps and at the end, also that by stop().
+            on_step, on_eval, on_text: told of every step, evaluation and text that is written.
+            save: called every checkpoint.every steps and at the end, also that by stop(), with the
+                held-out loss if it was measured after this very step.
+
+        Raises:
+            FloatingPointError: the losses or gradients of config.max_skipped steps one after the
+                other are not finite.
         """
         c = self.config
         saved = self.steps_done  # a run starts from its checkpoint
+
+        def look() -> float:
+            result = self.evaluate()
+            on_eval(self.steps_done, result)
+            for text in self.write() if c.eval.samples else []:
+                on_text(self.steps_done, text)
+            return result.loss
+
         while not self.done:
             on_step(self.step())
-            if self.done or stop():
-                break
+            stopped = self._agree(stop())
             n = self.steps_done
-            if c.eval.every and n % c.eval.every == 0:
-                on_eval(n, self.evaluate())
+            if n % c.log.every == 0 or self.done or stopped:
+                self._check_finite()
+            if self.done or stopped:
+                break
+            loss = look() if c.eval.every and n % c.eval.every == 0 else None
             if c.checkpoint.every and n % c.checkpoint.every == 0:
-                save()
+                save(loss)
                 saved = n
-        if self.done:
-            on_eval(self.steps_done, self.evaluate())
+        loss = look() if self.done else None
         if saved != self.steps_done:
-            save()
+            save(loss)
 
-    def save(self, saver: Checkpointer, extra: dict[str, Any]) -> None:
+    def save(
+        self, saver: Checkpointer, extra: dict[str, Any], held_out_loss: float | None = None
+    ) -> None:
         """Write a checkpoint from which `restore` goes on; extra is JSON kept with it."""
-        state = {"seconds": self.seconds, **extra}
-        saver.save(self.steps_done, self.model, self.tokenizer, self.optimizer, state)
+        state = {
+            "seconds": self.seconds, "skipped": int(self._skipped),
+            "scaler": self.scaler.state_dict(), **extra,
+        }  # fmt: skip
+        saver.save(
+            self.steps_done, self.model, self.tokenizer, self.optimizer, state, held_out_loss
+        )
 
     def restore(self, saver: Checkpointer, folder: Path) -> dict[str, Any]:
         """Take up weights, moments and step from a checkpoint; return its train.json."""
@@ -221,14 +262,47 @@ class Trainer:
         if not isinstance(step, int) or not isinstance(seconds, int | float):
             raise ValueError(f"checkpoint: {folder}/train.json must tell step and seconds")
         self.steps_done, self.seconds = step, float(seconds)
+        self._skipped.fill_(state.get("skipped", 0))
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         return state
 
-    def _to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.device.type == "cuda":
-            x, y = x.contiguous().pin_memory(), y.contiguous().pin_memory()
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+    def _agree(self, stop: bool) -> bool:
+        """Whether any rank is to stop; the time of the slowest becomes that of all."""
+        if self._group is None:
+            return stop
+        said = torch.tensor([float(stop), self.seconds], dtype=torch.float64)
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
+        self.seconds = float(said[1])
+        return bool(said[0])
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    def _check_finite(self) -> None:
+        if (row := int(self._in_a_row)) >= self.config.max_skipped:
+            raise FloatingPointError(
+                f"train: losses and gradients must be finite; those of the last {row} steps, up to"
+                f" step {self.steps_done}, are not"
+            )
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch cut into parts of equally many rows."""
+    B, T = batch.idx.shape
+    rows = B // parts
+    made = []
+    for n in range(parts):
+        here = slice(n * rows, (n + 1) * rows)
+        cu = batch.cu_seqlens
+        if cu is not None:  # a document ends with its row
+            start, stop = n * rows * T, (n + 1) * rows * T
+            cu = cu[(cu >= start) & (cu <= stop)] - start
+        made.append(Batch(batch.idx[here], batch.targets[here], cu, batch.max_seqlen))
+    return made
+
+
+def _compile(model: GPT, whole: bool) -> None:
+    """In place: the state_dict's names stay. Where weights are gathered, a block at a time."""
+    if whole:
+        model.compile()
+        return
+    for block in model.h:
+        block.compile()

@@ -1,39 +1,46 @@
 """A training run in its folder: data and tokenizer, log, progress bar, checkpoints, resume.
 
-out/train.npy, out/held_out.npy    the ids trained on and those held out
-out/run.yaml                       the configuration, as `fastgpt train --config` reads it
-out/log.jsonl                      a line of JSON every log.every steps and every evaluation
-out/step-.../                      checkpoints, see checkpoint/
+out/run.yaml       the configuration, as `fastgpt train --config` reads it
+out/data/          the token shards, unless data.files names a folder of them
+out/log.jsonl      a line of JSON every log.every steps, and for every evaluation and sample
+out/step-.../      checkpoints, see checkpoint/
 """
 
-import json
 import os
+import shutil
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
-from fastgpt.data import read_text, read_tokens, split, tokenize, write_tokens
+from fastgpt.data import Corpus, Part, split
+from fastgpt.data import prepare as prepare_corpus
 from fastgpt.model import GPT
+from fastgpt.parallel import Layout
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import checkpoint
+from fastgpt.train.checkpoint import Checkpointer
 from fastgpt.train.config import TrainConfig, check_same_run, flat, to_yaml
-from fastgpt.train.loop import Evaluation, Step, Trainer, pick_device
+from fastgpt.train.device import pick_device
+from fastgpt.train.log import Log, require
+from fastgpt.train.loop import Step, Trainer
 
-TRAIN, HELD_OUT = "train.npy", "held_out.npy"
+DATA = "data"
+REFUSALS = (ValueError, TypeError, OSError, ImportError)
+T = TypeVar("T")
 
 
 def train(config: TrainConfig) -> Trainer:
-    """Train a model on text files, or go on with a run that was stopped, as config.resume says.
+    """Train a model, or go on with a run that was stopped, as config.resume says.
 
-    SIGINT (Ctrl-C) and SIGTERM end it after the step under way, with a checkpoint.
+    Under torchrun every rank calls this. SIGINT (Ctrl-C) and SIGTERM, to any rank, end the run
+    after the step under way, with a checkpoint.
 
     Args:
         config: of the run. A resumed run must keep the fields that make its numbers.
@@ -42,35 +49,41 @@ def train(config: TrainConfig) -> Trainer:
         The trainer; its `done` tells whether the run came to its end.
 
     Raises:
-        ValueError: the text, the tokenizer, the folder or the configuration cannot be used.
-        OSError: a file cannot be read or written.
+        ValueError: the data, the tokenizer, the folder or the configuration cannot be used, or
+            the ranks disagree; on all ranks, with the same message.
+        OSError: a file cannot be read or written, or another rank has gone.
+        FloatingPointError: see `Trainer.fit`.
     """
     out = Path(config.out)
-    pick_device(config.device)
-    begun = bool(checkpoint.checkpoints(out))
-    if config.resume == "must" or (config.resume == "auto" and begun):
-        trainer = _resume(config, out)
-    else:
-        if begun:
-            raise ValueError(f"train: out must not hold a run, except to resume it; got {out}")
-        if not config.data.files:
-            raise ValueError("train: data.files must name at least one text file; got none")
-        texts = [read_text(path) for path in config.data.files]
-        given = config.data.tokenizer
-        tokenizer = None if given is None else Tokenizer.load(given)
-        trainer = prepare(config, texts, tokenizer)
-        open_folder(out)
-        write_tokens(out / TRAIN, trainer.batches.tokens)
-        write_tokens(out / HELD_OUT, trainer.held_out.tokens)
-        (out / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
-    run(trainer, out)
-    return trainer
+    layout = Layout.start(config.parallel, pick_device(config.device))
+    try:
+        layout.agree("train", flat(config))
+        ranks = _Ranks(layout)
+        ranks.first(lambda: require(config.log))
+        if ranks.first(lambda: _goes_on(config, out)):
+            trainer = _resume(config, out, layout, ranks)
+        else:
+            trainer = _begin(config, out, layout, ranks)
+        run(trainer, out)
+        return trainer
+    except RuntimeError as error:
+        if layout.world > 1 and _is_a_lost_rank(error):
+            raise ConnectionError(
+                f"train: another rank has gone, so rank {layout.rank} ends;"
+                " --resume auto goes on from the last checkpoint"
+            ) from None
+        raise
+    finally:
+        layout.stop()
 
 
 def prepare(
     config: TrainConfig, documents: Sequence[str], tokenizer: Tokenizer | None = None
 ) -> Trainer:
-    """Split documents, train a tokenizer on the training part, make the model and its trainer.
+    """Divide documents, train a tokenizer on the training part, make the model and its trainer.
+
+    All of it in memory: config.data tells the share to hold out, the size of the vocabulary and
+    the packing.
 
     Raises:
         ValueError: a part of the text is shorter than the context.
@@ -78,16 +91,35 @@ def prepare(
     training, held_out = split(documents, config.data.held_out, config.seed)
     if tokenizer is None:
         tokenizer = Tokenizer.train(training, config.data.vocab_size)
-    shape = config.model.shape(tokenizer.vocab_size)
-    ids = tokenize(tokenizer, training), tokenize(tokenizer, held_out)
-    for name, part in zip(("training", "held-out"), ids, strict=True):
-        if len(part) <= shape.block_size:
-            raise ValueError(
-                f"text: its {name} part must be longer than the context, block_size"
-                f" {shape.block_size} tokens; got {len(part)} tokens"
-            )
-    torch.manual_seed(config.seed)
-    return Trainer(config, GPT(shape), tokenizer, *ids)
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    parts = [
+        Part.of([ids + end for ids in tokenizer.encode_all(part)]) for part in (training, held_out)
+    ]
+    return _trainer(config, tokenizer, parts[0], parts[1])
+
+
+def run(trainer: Trainer, out: Path, on_step: Callable[[Step], None] = lambda made: None) -> None:
+    """Train to the end or to a signal, with a progress bar, a log and checkpoints in out."""
+    saver = Checkpointer(out, trainer.config.checkpoint, trainer.layout)
+    extra = {"config": flat(trainer.config)}
+
+    def save(held_out_loss: float | None) -> None:
+        trainer.save(saver, extra, held_out_loss)
+
+    try:
+        with interrupts() as stop:
+            if not trainer.layout.is_main:
+                trainer.fit(stop, on_step, save=save)
+                return
+            with Log(out, trainer) as log:
+
+                def step(made: Step) -> None:
+                    log.step(made)
+                    on_step(made)
+
+                trainer.fit(stop, step, log.evaluation, save, log.sample)
+    finally:
+        saver.wait()
 
 
 def open_folder(out: Path) -> None:
@@ -107,35 +139,110 @@ def open_folder(out: Path) -> None:
         ) from None
 
 
-def run(trainer: Trainer, out: Path, on_step: Callable[[Step], object] = lambda made: None) -> None:
-    """Train to the end or to a signal, with a progress bar, a log and checkpoints in out."""
-    extra = {"config": flat(trainer.config)}
-
-    with interrupts() as stop, _Log(out / "log.jsonl", trainer) as log:
-
-        def step(made: Step) -> None:
-            log.step(made)
-            on_step(made)
-
-        saver = checkpoint.Checkpointer(out, trainer.config.checkpoint)
-        trainer.fit(stop, step, log.evaluation, lambda: trainer.save(saver, extra))
-        saver.wait()
+def _goes_on(config: TrainConfig, out: Path) -> bool:
+    """Whether there is a run to go on with."""
+    begun = bool(checkpoint.checkpoints(out))
+    if begun and config.resume == "never":
+        raise ValueError(f"train: out must not hold a run, except to resume it; got {out}")
+    return config.resume == "must" or begun
 
 
-def _resume(config: TrainConfig, out: Path) -> Trainer:
-    saver = checkpoint.Checkpointer(out, config.checkpoint)
+def _begin(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> Trainer:
+    absent = next((p for p in (*reversed(out.parents), out) if not p.exists()), None)
+    try:
+        folder: Path = ranks.first(lambda: _prepared(config, out))
+        corpus = ranks.all(lambda: Corpus.open(folder))
+        trainer = _trainer(config, corpus.tokenizer, corpus.train, corpus.held_out, layout)
+    except REFUSALS as error:
+        # Shards that are good are kept where the disk was full; of what is refused nothing is.
+        keep = isinstance(error, OSError) and (out / DATA).exists()
+        if absent is not None and layout.is_main and not keep:
+            shutil.rmtree(absent, ignore_errors=True)
+        raise
+    ranks.first(lambda: (out / "run.yaml").write_text(to_yaml(config), encoding="utf-8"))
+    return trainer
+
+
+def _prepared(config: TrainConfig, out: Path) -> Path:
+    open_folder(out)
+    return prepare_corpus(config.data, out / DATA, config.seed).folder
+
+
+def _resume(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> Trainer:
+    saver = Checkpointer(out, config.checkpoint, layout)
     folder = saver.latest() or checkpoint.find(out)
-    state = checkpoint.read_json(folder / "train.json")
-    before = state.get("config")
-    if not isinstance(before, dict):
-        raise ValueError(f"checkpoint: {folder}/train.json must hold the run's config")
-    check_same_run(before, config)
-    model, tokenizer = checkpoint.load(folder)
-    trainer = Trainer(
-        config, model, tokenizer, read_tokens(out / TRAIN), read_tokens(out / HELD_OUT)
-    )
+
+    def read() -> tuple[Tokenizer, Corpus]:
+        before = checkpoint.read_json(folder / "train.json").get("config")
+        if not isinstance(before, dict):
+            raise ValueError(f"checkpoint: {folder}/train.json must hold the run's config")
+        check_same_run(before, config)
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        # A run that was given a corpus has made none of its own.
+        given = [] if (out / DATA).is_dir() else list(map(Path, config.data.files))
+        return tokenizer, Corpus.open((given or [out / DATA])[0], tokenizer)
+
+    tokenizer, corpus = ranks.all(read)
+    trainer = _trainer(config, tokenizer, corpus.train, corpus.held_out, layout)
     trainer.restore(saver, folder)
     return trainer
+
+
+def _trainer(
+    config: TrainConfig, tokenizer: Tokenizer, train: Part, held_out: Part,
+    layout: Layout | None = None,
+) -> Trainer:  # fmt: skip
+    shape = config.model.shape(tokenizer.vocab_size)
+    for name, part in (("training", train), ("held-out", held_out)):
+        if config.data.packing == "concat" and len(part) <= shape.block_size:
+            raise ValueError(
+                f"text: its {name} part must be longer than the context, block_size"
+                f" {shape.block_size} tokens; got {len(part)} tokens"
+            )
+    torch.manual_seed(config.seed)
+    return Trainer(config, GPT(shape), tokenizer, train, held_out, layout)
+
+
+class _Ranks:
+    """Work that ends on all ranks alike: what one refuses, all refuse."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        # Rank 0 may take long over the data. gloo tells at once if it dies.
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timedelta(days=7)) if layout.world > 1 else None
+        )
+
+    def all(self, work: Callable[[], T]) -> T:
+        """What work gives on this rank, once it is done on all of them."""
+        if self._group is None:
+            return work()
+        refusal: Exception | None = None
+        try:
+            value = work()
+        except REFUSALS as error:
+            refusal = error
+        said: list[Any] = [None] * self._layout.world
+        dist.all_gather_object(said, refusal and str(refusal), group=self._group)
+        if refusal is not None:
+            raise refusal
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise ValueError(text if rank == 0 else f"rank {rank}: {text}")
+        return value
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What work gives on rank 0, on all of them."""
+        box: list[Any] = [self.all(lambda: work() if self._layout.is_main else None)]
+        if self._group is not None:
+            dist.broadcast_object_list(box, group=self._group, group_src=0)
+        value: T = box[0]
+        return value
+
+
+def _is_a_lost_rank(error: RuntimeError) -> bool:
+    """torch has no one class for it: gloo's errors are RuntimeErrors that name its source."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @contextmanager
@@ -157,75 +264,3 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-class _Log:
-    """Lines of JSON in a file, and a bar on standard error."""
-
-    def __init__(self, path: Path, trainer: Trainer) -> None:
-        self._path, self._trainer = path, trainer
-
-    def __enter__(self) -> "_Log":
-        try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
-        except ImportError:
-            raise ImportError(
-                "train: needs the package tqdm; pip install 'fastgpt-triton[train]'"
-            ) from None
-        t = self._trainer
-        self._forget_after(t.steps_done)
-        self._file = open(self._path, "a", encoding="utf-8")
-        self._bar = tqdm(
-            total=1.0,  # the bar is the share of the run, by steps or by time
-            initial=t.progress(),
-            bar_format="{percentage:3.0f}% |{bar:24}| {elapsed}<{remaining}{postfix}",
-            mininterval=0.2 if sys.stderr.isatty() else 15.0,
-            file=sys.stderr,
-        )
-        self._tokens_a_step = t.rows * t.batches.block_size
-        self._since, self._at = t.seconds, t.steps_done
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._file.close()
-
-    def step(self, made: Step) -> None:
-        t = self._trainer
-        if made.step % t.config.log.every == 0 or t.done:
-            spent = max(1e-9, t.seconds - self._since)
-            rate = (made.step - self._at) * self._tokens_a_step / spent
-            self._since, self._at = t.seconds, made.step
-            self._bar.set_postfix_str(
-                f"step {made.step}, loss {made.loss:.3f}, {rate:,.0f} tokens/s", refresh=False
-            )
-            self._write(asdict(made) | {"tokens_per_second": round(rate, 1)})
-        self._bar.update(t.progress() - self._bar.n)
-
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        self._since = self._trainer.seconds
-        self._bar.write(
-            f"step {step}: held-out loss {result.loss:.3f}, perplexity {result.perplexity:.1f},"
-            f" {result.bits_per_byte:.3f} bits/byte",
-            file=sys.stderr,
-        )
-        self._write({"step": step} | {f"held_out_{k}": v for k, v in asdict(result).items()})
-
-    def _write(self, line: dict[str, Any]) -> None:
-        seconds = round(self._trainer.seconds, 3)
-        self._file.write(json.dumps(line | {"seconds": seconds, "time": time.time()}) + "\n")
-        self._file.flush()
-
-    def _forget_after(self, step: int) -> None:
-        """Drop the lines of steps that the checkpoint does not hold: they are made again."""
-        kept = []
-        if step and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut short by a kill
-        part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, self._path)

@@ -103,7 +103,11 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer.json."""
-        Path(path).write_text(self._inner.to_str(pretty=False), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """What a tokenizer.json holds."""
+        return str(self._inner.to_str(pretty=False))
 
     @property
     def vocab_size(self) -> int:
@@ -147,7 +151,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides on ids: what two tokenizers that encode alike share."""
-        told = json.loads(self._inner.to_str())
+        told = json.loads(self.to_json())
         for name in ("version", "truncation", "padding", "post_processor", "decoder"):
             told.pop(name, None)
         text = json.dumps(told, sort_keys=True, ensure_ascii=False)

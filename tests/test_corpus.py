@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,37 @@ def test_a_separator_makes_documents(tmp_path: Path) -> None:
     path.write_text("\n<|endoftext|>\n".join(stories))
     corpus = made(tmp_path, str(path), separator="<|endoftext|>")
     assert sorted(texts(corpus, "train") + texts(corpus, "held_out")) == sorted(stories)
+
+
+@pytest.mark.parametrize("deduplicate", ["paragraphs", "documents", "none"])
+def test_held_out_files_are_not_trained_on(tmp_path: Path, deduplicate: str) -> None:
+    records = [{"text": words(9, i)} for i in range(60)]
+    corpus = made(
+        tmp_path,
+        jsonl_file(tmp_path, records),
+        held_out_files=(jsonl_file(tmp_path, records[50:55], "b.jsonl"),),
+        deduplicate=deduplicate,
+    )
+    assert texts(corpus, "held_out") == [r["text"] for r in records[50:55]]
+    assert texts(corpus, "train") == [r["text"] for r in records[:50] + records[55:]]
+    assert corpus.told["repeats_dropped"] == 5
+
+
+def test_a_dataset_is_read_by_its_splits(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    train = [{"text": words(9, i)} for i in range(30)]
+    jsonl_file(folder, train, "train.jsonl")
+    jsonl_file(folder, [{"text": "held out"}], "validation.jsonl")
+    corpus = made(tmp_path, str(folder), format="dataset", held_out_files=(f"{folder}@validation",))
+    assert texts(corpus, "train") == [r["text"] for r in train]
+    assert texts(corpus, "held_out") == ["held out"]
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match=r"^dataset: .*@test cannot be read; Bad split: test\."):
+        made(tmp_path / "b", f"{folder}@test", format="dataset")
+    with pytest.raises(ValueError, match=r"^dataset: .*, row 0 must have page, or prompt"):
+        made(tmp_path / "b", str(folder), format="dataset", text_field="page")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +350,26 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     assert got.keys() == want.keys()
     for name, data in want.items():
         assert got[name] == data, name
+
+
+def _prepare_on_a_full_disk(folder: Path, path: str) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16000, 16000))  # bytes of a file
+    made(folder, path)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    path = text_file(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=_prepare_on_a_full_disk, args=(tmp_path, path))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    assert (tmp_path / "corpus/tokenizer.json").exists()  # it came as far as the shards
+    with pytest.raises(ValueError, match="holds no finished corpus"):
+        Corpus.open(tmp_path / "corpus")
+    assert not list((tmp_path / "corpus").glob(".*.part"))
+    made(tmp_path, path)
+    Corpus.open(tmp_path / "corpus", verify=True)
 
 
 def test_processes_that_prepare_at_once_make_one_corpus(tmp_path: Path) -> None:

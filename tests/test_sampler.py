@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastgpt.data import Part, Sampler, Shard
 from fastgpt.data.packing import pack, stretches
+from fastgpt.data.sampler import Shuffle
 
 PACKING = pytest.mark.parametrize("packing", ["concat", "documents"])
 
@@ -147,6 +148,48 @@ def test_packing_wastes_little() -> None:
     assert sizes.sum() / (1024 * (len(packing.rows) - 1)) > 0.999
 
 
+def test_pieces_that_teach_nothing_are_left_out() -> None:
+    """A prompt longer than a row would be a row without a target."""
+    tokens = np.arange(40, dtype=np.uint16)
+    learn = (tokens >= 18) & (tokens < 20) | (tokens >= 30)
+    part = Part(
+        [
+            Shard(tokens[:20], np.array([20]), np.packbits(learn[:20])),
+            Shard(tokens[20:], np.array([5, 20]), np.packbits(learn[20:])),
+        ]
+    )
+    sampler = Sampler(part, 8, 1, packing="documents")
+    rows = sampler.take(list(range(sampler.windows)))
+    taught = [set(row[row >= 0].tolist()) for row in rows.targets]
+    assert all(taught) and set().union(*taught) == set(tokens[learn].tolist())
+    assert sampler.windows == 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000, 4097])
+def test_a_shuffle_is_a_permutation(n: int) -> None:
+    order = Shuffle(n, np.random.default_rng(0))
+    whole = order(np.arange(n))
+    assert sorted(whole.tolist()) == list(range(n))
+    some = np.random.default_rng(1).integers(n, size=5)
+    assert np.array_equal(order(some), whole[some])
+    other = Shuffle(n, np.random.default_rng(2))(np.arange(n))
+    assert n < 16 or not np.array_equal(other, whole)
+
+
+def test_a_shuffle_is_as_random_as_a_drawn_one() -> None:
+    """Where each of 10 numbers lands, and the step from one to the next, over many shuffles."""
+    n, draws = 10, 1500
+    orders = np.stack(
+        [Shuffle(n, np.random.default_rng((5, i)))(np.arange(n)) for i in range(draws)]
+    )
+    cells = [np.bincount(column, minlength=n) for column in orders.T]
+    cells += [np.bincount((orders[:, 1] - orders[:, 0]) % n, minlength=n)[1:]]
+    for got in cells:
+        want = draws / len(got)
+        chi2 = ((got - want) ** 2 / want).sum()
+        assert chi2 < 34.0  # the 0.9999 quantile of 9 degrees of freedom is 33.7
+
+
 def test_errors_say_what_is_wrong() -> None:
     part = part_of(LENGTHS)
     sampler = Sampler(part, 16, 4)
@@ -160,5 +203,5 @@ def test_errors_say_what_is_wrong() -> None:
         Sampler(part, 16, 0)
     with pytest.raises(ValueError, match=r"longer than the context, block_size 400 tokens; got"):
         Sampler(part, 400, 1)
-    with pytest.raises(ValueError, match=r"must have a document of 2 tokens or more; got none$"):
+    with pytest.raises(ValueError, match=r"must have a document with a token to predict"):
         Sampler(part_of([1, 1]), 4, 1, packing="documents")

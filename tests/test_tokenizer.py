@@ -143,3 +143,25 @@ def test_rejects_a_tokenizer_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^tokenizer: only byte-level BPE is supported; got None"):
         Tokenizer.load(path)
     assert json.loads(path.read_text())["model"]["type"] == "WordPiece"
+
+
+def test_the_fingerprint_is_that_of_the_ids(tmp_path: Path) -> None:
+    one = Tokenizer.train(["some text, some more text"], 270)
+    one.save(tmp_path / "one.json")
+    told = json.loads((tmp_path / "one.json").read_text())
+    told["padding"] = None
+    (tmp_path / "two.json").write_text(json.dumps(told, indent=2))
+    assert Tokenizer.load(tmp_path / "two.json").fingerprint == one.fingerprint
+    told["model"]["merges"] = told["model"]["merges"][:-1]
+    (tmp_path / "two.json").write_text(json.dumps(told))
+    assert Tokenizer.load(tmp_path / "two.json").fingerprint != one.fingerprint
+
+
+def test_markup_has_special_tokens_and_text_has_none() -> None:
+    tokenizer = Tokenizer.train(["some text"], 260)
+    assert tokenizer.markup("a<|endoftext|>b") == [
+        *tokenizer.encode("a"),
+        tokenizer.eos,
+        *tokenizer.encode("b"),
+    ]
+    assert tokenizer.eos not in tokenizer.encode("a<|endoftext|>b")

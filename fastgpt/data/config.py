@@ -12,8 +12,12 @@ class DataConfig:
     """The data of a run.
 
     Attributes:
-        files: what to read, in this order: UTF-8 text files, JSONL files, or Hugging Face datasets
-            (a name or a folder; "name:subset"). One folder that `prepare` made is used as it is.
+        files: what to read, in this order: UTF-8 text files, JSONL files, or Hugging Face datasets,
+            "name", "name:subset", "name@split" or "name:subset@split", where a name may be a
+            folder's and the split is "train" if none is named. One folder that `prepare` made is
+            used as it is.
+        held_out_files: the same, to evaluate on; then all of files is trained on, but for what is
+            in these. None: a share of files is held out.
         format: "text", "jsonl" or "dataset" (needs the package datasets); "auto" goes by the name:
             .jsonl and .ndjson are JSONL, all else is text.
         separator: in text files, what stands between two documents; None: a file is one document.
@@ -22,10 +26,9 @@ class DataConfig:
         turn: how a message of a chat is written, by its role and content; special tokens of the
             tokenizer may stand in it. The assistant's content, and what follows it here, takes part
             in the loss.
-        dataset_split: which split of a dataset is read.
         tokenizer: a tokenizer.json to use; None trains one on the training part.
         vocab_size: ids of a tokenizer that is trained.
-        held_out: share of the data that is held out to evaluate on.
+        held_out: share of files that is held out to evaluate on, if there are no held_out_files.
         deduplicate: what is kept only the first time that it comes: "paragraphs" (and records),
             "documents", or "none"; then what comes again stays in the part of the first.
         packing: how a batch is filled. "concat": windows of all tokens end to end;
@@ -34,11 +37,11 @@ class DataConfig:
     """
 
     files: tuple[str, ...] = ()
+    held_out_files: tuple[str, ...] = ()
     format: str = "auto"
     separator: str | None = None
     text_field: str = "text"
     turn: str = "<|{role}|>\n{content}\n"
-    dataset_split: str = "train"
     tokenizer: str | None = None
     vocab_size: int = 2048
     held_out: float = 0.1
@@ -62,3 +65,8 @@ class DataConfig:
                 "data: turn must hold {content} once, and {role} before it only;"
                 f" got {self.turn!r}"
             )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All that is read, in its order: what is held out comes first, as it must not recur."""
+        return (*self.held_out_files, *self.files)

@@ -106,6 +106,25 @@ class Part:
             at = end
         return ids, learn
 
+    def learned(self, starts: Ints, lengths: Ints) -> Ints:
+        """(S,) how many tokens of each of some stretches take part in the loss.
+
+        Args:
+            starts: (S,) where they start, not decreasing; none goes beyond its shard.
+            lengths: (S,).
+        """
+        counts = lengths.copy()
+        for n, shard in enumerate(self.shards):
+            if shard.learn is None:
+                continue
+            first = int(self._starts[n])
+            here = slice(*np.searchsorted(starts, self._starts[n : n + 2]))
+            flags = np.unpackbits(shard.learn, count=len(shard.tokens))
+            before = np.concatenate([np.zeros(1, np.int64), np.cumsum(flags, dtype=np.int64)])
+            at = starts[here] - first
+            counts[here] = before[at + lengths[here]] - before[at]
+        return counts
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -42,14 +42,19 @@ class Division:
     100 bytes of memory.
 
     Args:
-        config: its deduplicate and held_out.
+        config: its deduplicate, held_out and held_out_files.
         seed: of the draw.
         total: bytes of all text files; pieces are the smaller the less there is.
+
+    Attributes:
+        held_out: the part of all that comes; None if it is drawn.
+        dropped: paragraphs and documents that were left out, as they had come before.
     """
 
     def __init__(self, config: DataConfig, seed: int, total: int) -> None:
         self.config = config
-        self.dropped = 0  # paragraphs and documents that had come before
+        self.held_out: bool | None = None
+        self.dropped = 0
         self.piece = min(PIECE, max(64, total // 100))
         self._seen: dict[int, bool] = {}
         self._draws = _draws(config.held_out, seed)
@@ -95,7 +100,7 @@ class Division:
                 document = self._without_repeats(document)
                 if not document:
                     continue
-                held_out = self._follow(prompt) if prompt else next(self._draws)
+                held_out = self._follow(prompt) if prompt else self._draw()
             yield Divided(document, held_out)
 
     def _without_repeats(self, document: Document) -> Document:
@@ -114,7 +119,10 @@ class Division:
             return self._follow(piece)
         if self.config.deduplicate == "documents" and self._seen_before(piece):
             return None
-        return next(self._draws)
+        return self._draw()
+
+    def _draw(self) -> bool:
+        return next(self._draws) if self.held_out is None else self.held_out
 
     def _repeats(self, paragraph: str) -> bool:
         core = paragraph.strip()
@@ -133,7 +141,7 @@ class Division:
         """The part in which this came first; a draw if it did not."""
         key = _digest(what)
         if key not in self._seen:
-            self._seen[key] = next(self._draws)
+            self._seen[key] = self._draw()
         return self._seen[key]
 
 
@@ -160,15 +168,17 @@ def divided(
     config: DataConfig, division: Division, sources: list[Source],
     on_read: Callable[[], None] = lambda: None,
 ) -> Iterator[Divided]:  # fmt: skip
-    """All documents of config.files in their order, each with its part.
+    """All documents of config.sources in their order, each with its part.
 
     Args:
         config: of the data.
         division: a new one.
-        sources: of config.files, as they were never read.
+        sources: of config.sources, as they were never read.
         on_read: called after each document.
     """
-    for source in sources:
+    for n, source in enumerate(sources):
+        if config.held_out_files:
+            division.held_out = n < len(config.held_out_files)
         kind = format_of(config, source.name)
         if kind == "text" and config.separator is None:
             stream = division.text(text for _, text in paragraphs(source, None))
@@ -179,4 +189,7 @@ def divided(
             stream = division.records(read(source, config))
         for one in stream:
             on_read()
+            if one.held_out and division.held_out is False:
+                division.dropped += 1  # it is what the held-out files have
+                continue
             yield one

@@ -245,11 +245,10 @@ def rows(source: Source, config: DataConfig) -> Iterator[Document]:
         raise ImportError(
             "data: a dataset needs the package datasets; pip install 'fastgpt-triton[data]'"
         ) from None
-    name, _, subset = source.name.partition(":")
+    name, _, split = source.name.partition("@")
+    name, _, subset = name.partition(":")
     try:
-        data = datasets.load_dataset(
-            name, subset or None, split=config.dataset_split, streaming=True
-        )
+        data = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
     except Exception as error:  # a dozen types, some of them of its dependencies
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"dataset: {source.name} cannot be read; {reason}") from None

@@ -66,7 +66,7 @@ def prepare(
     tokenizer = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
     if len(config.files) == 1 and (Path(config.files[0]) / MANIFEST).is_file():
         return Corpus.open(config.files[0], tokenizer)
-    for name in config.files:
+    for name in config.sources:
         if not (Path(out) / MANIFEST).is_file():
             size_of(config, name)  # before anything is made
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -93,10 +93,10 @@ class _Preparation:
         if (self.out / MANIFEST).is_file():
             self._compare(read_manifest(self.out))
             return Corpus.open(self.out, self.tokenizer)
-        self.sizes = [size_of(self.config, name) for name in self.config.files]
+        self.sizes = [size_of(self.config, name) for name in self.config.sources]
         self.changed = [
             0 if size is None else Path(name).stat().st_mtime_ns
-            for name, size in zip(self.config.files, self.sizes, strict=True)
+            for name, size in zip(self.config.sources, self.sizes, strict=True)
         ]
         done = self._begun()
         tokenizer = self._tokenizer()
@@ -173,22 +173,19 @@ class _Preparation:
                 if not segment.markup
             )
             tokenizer = Tokenizer.train(texts, self.config.vocab_size)
-        part = path.with_name(f".{TOKENIZER}.part")
-        tokenizer.save(part)
-        write_whole(path, part.read_bytes())
-        part.unlink()
+        write_whole(path, tokenizer.to_json().encode())
         return tokenizer
 
     def _division(self) -> Division:
         text = [
             size or 0
-            for name, size in zip(self.config.files, self.sizes, strict=True)
+            for name, size in zip(self.config.sources, self.sizes, strict=True)
             if format_of(self.config, name) == "text"
         ]
         return Division(self.config, self.seed, sum(text))
 
     def _sources(self) -> list[Source]:
-        return [Source(name) for name in self.config.files]
+        return [Source(name) for name in self.config.sources]
 
     def _documents(self, division: Division, sources: list[Source], what: str) -> Iterator[Divided]:
         """All documents, with a bar of the bytes read."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastgpt.data.config import PACKINGS
-from fastgpt.data.corpus import Flags, Ints, Part
+from fastgpt.data.corpus import Ints, Part
 from fastgpt.data.packing import Packing, pack, stretches
 
 IGNORE = -100  # a target that takes no part in the loss
@@ -46,13 +47,49 @@ class Batch:
         return replace(self, idx=moved(self.idx), targets=moved(self.targets), cu_seqlens=cu)
 
 
+class Shuffle:
+    """A permutation of 0 .. n - 1 drawn from rng, of which no more is made than is asked for.
+
+    It is a Feistel network on the least power of 4 that n fits in, followed for as long as it leads
+    out of the range (Black, Rogaway, Ciphers with arbitrary finite domains, 2002,
+    https://eprint.iacr.org/2001/012, section 4).
+    """
+
+    def __init__(self, n: int, rng: np.random.Generator) -> None:
+        self.n = n
+        half = max(1, -(-(n - 1).bit_length() // 2))
+        self._half, self._mask = np.uint64(half), np.uint64(2**half - 1)
+        self._keys = rng.integers(2**64, size=8, dtype=np.uint64)
+
+    def __call__(self, i: Ints) -> Ints:
+        """(m,) the numbers at places i of the permutation."""
+        x = self._rounds(i.astype(np.uint64))
+        while (out := x >= self.n).any():
+            x[out] = self._rounds(x[out])
+        return x.astype(np.int64)
+
+    def _rounds(self, x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = x >> self._half, x & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right + key) & self._mask)
+        return left << self._half | right
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of SplitMix64: Steele, Lea, Flood, 2014, https://doi.org/10.1145/2660193.2660195."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
 class Sampler:
     """Batches of a part of a corpus.
 
     An epoch visits every row once, in an order of its own. With packing "concat" rows are windows
     of the tokens end to end; they do not overlap, and every epoch lays them out from another start.
     With "documents" a row holds whole documents (pieces of block_size of longer ones), each of
-    which attends to itself alone, and what is left of it is padding without targets.
+    which attends to itself alone, and what is left of it is padding without targets. Pieces that
+    have no target are left out. Which row holds what takes some 25 bytes of memory a document.
 
     Args:
         part: of a corpus.
@@ -83,12 +120,15 @@ class Sampler:
                 f" got {len(part)} tokens"
             )
         if packing == "documents" and not self.windows:
-            raise ValueError("text: it must have a document of 2 tokens or more; got none")
-        self._orders: dict[int, tuple[Ints, int]] = {}
+            raise ValueError(
+                "text: it must have a document with a token to predict after another; got none"
+            )
 
     @cached_property
     def _plan(self) -> Packing:
-        return pack(*stretches(self.part.ends, self.block_size), self.block_size)
+        starts, lengths = stretches(self.part.ends, self.block_size)
+        taught = self.part.learned(starts + 1, lengths) > 0
+        return pack(starts[taught], lengths[taught], self.block_size)
 
     @cached_property
     def windows(self) -> int:
@@ -128,27 +168,24 @@ class Sampler:
         share = self.rows // world
         at = step * self.rows + rank * share + np.arange(share)
         epochs, places = np.divmod(at, self.per_epoch)
-        rows = []
-        for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True):
-            order, shift = self._order(epoch)
-            rows.append((int(order[place]), shift))
+        rows: list[tuple[int, int]] = []
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            order, shift = self._epoch(epoch)
+            rows += [(n, shift) for n in order(places[epochs == epoch]).tolist()]
         return self._batch(rows)
 
     def take(self, numbers: list[int]) -> Batch:
         """Rows by their number, in [0, windows), in the order of the corpus: to evaluate on."""
         return self._batch([(n, 0) for n in numbers])
 
-    def _order(self, epoch: int) -> tuple[Ints, int]:
-        """The rows of an epoch in their order, and the token at which the first starts."""
-        if epoch not in self._orders:
-            rng = np.random.default_rng((self.seed, epoch))
-            order = rng.permutation(self.per_epoch)
-            room = len(self.part) - 1 - self.per_epoch * self.block_size
-            shift = int(rng.integers(0, room + 1)) if self.packing == "concat" else 0
-            # A batch may reach into a second epoch; an older one is not needed again.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = order, shift
-        return self._orders[epoch]
+    def _epoch(self, epoch: int) -> tuple[Shuffle, int]:
+        """The order of an epoch's rows, and the token at which the first starts."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = Shuffle(self.per_epoch, rng)
+        if self.packing == "documents":
+            return order, 0
+        room = len(self.part) - 1 - self.per_epoch * self.block_size
+        return order, int(rng.integers(0, room + 1))
 
     def _batch(self, rows: list[tuple[int, int]]) -> Batch:
         if self.packing == "documents":
@@ -182,6 +219,3 @@ class Sampler:
             torch.from_numpy(idx), torch.from_numpy(targets),
             torch.tensor(cu, dtype=torch.int32), longest,
         )  # fmt: skip
-
-
-__all__ = ["IGNORE", "Batch", "Flags", "Sampler"]

@@ -43,6 +43,7 @@ setup(
         "huggingface": HUGGINGFACE,
         "dev": [
             *TRAIN,
+            *DATA,
             *BENCH,
             *LAB,
             *HUGGINGFACE,

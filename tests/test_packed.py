@@ -111,7 +111,10 @@ def test_compiles_whole_for_any_number_of_documents(config: GPTConfig) -> None:
     idx = torch.randint(31, (2, 20))
     assert_one_graph(
         lambda cu_seqlens: (model(idx, idx, cu_seqlens=cu_seqlens, max_seqlen=20),),
-        [{"cu_seqlens": torch.tensor(cu)} for cu in ([0, 4, 20, 40], [0, 20, 21, 33, 40])],
+        [
+            {"cu_seqlens": torch.tensor(cu)}
+            for cu in ([0, 4, 9, 20, 40], [0, 20, 21, 22, 33, 37, 40])
+        ],
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt.train import TrainConfig, Trainer, train
+from fastgpt.train import TrainConfig, Trainer, load, train
 from fastgpt.train.checkpoint import find
 from tests import ranks
 from tests.conftest import ROOT
@@ -52,17 +52,22 @@ def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [{}, {"parallel.fsdp": 2}, {"batch.tokens": 4 * 16, "batch.rows": 1}],
-    ids=["dp", "fsdp", "dp, accumulated"],
-)
-def test_two_ranks_make_the_run_of_one(
-    config: TrainConfig, tmp_path: Path, layout: dict[str, Any]
+    ("world", "layout"),
+    [
+        (2, {}), (2, {"batch.tokens": 4 * 16, "batch.rows": 1}), (2, {"parallel.fsdp": 2}),
+        (2, {"parallel.tp": 2}), (2, {"parallel.cp": 2}),
+        (4, {"parallel.fsdp": 2, "parallel.tp": 2}), (4, {"parallel.cp": 2}),
+    ],
+    ids=["dp", "dp, accumulated", "fsdp", "tp", "cp", "fsdp x tp", "dp x cp"],
+)  # fmt: skip
+def test_many_ranks_make_the_run_of_one(
+    config: TrainConfig, tmp_path: Path, world: int, layout: dict[str, Any]
 ) -> None:
     train(config)
-    two = changed(config, {"out": str(tmp_path / "two"), **layout})
-    ranks.run(2, tmp_path, work, two)
-    close(log(config.out), log(two.out))
+    many = changed(config, {"out": str(tmp_path / "many"), **layout})
+    ranks.run(world, tmp_path, work, many)
+    close(log(config.out), log(many.out))
+    assert load(many.out)[0].config == load(config.out)[0].config
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -85,6 +90,32 @@ def test_a_run_goes_on_on_another_number_of_ranks(config: TrainConfig, tmp_path:
     ranks.run(4, tmp_path, work, changed(cut, {"parallel.fsdp": 2}), 7, 3)
     train(cut)
     close(log(config.out), log(cut.out))
+
+
+def dies(rank: int, config: TrainConfig) -> None:
+    step = Trainer.step
+
+    def watched(self: Trainer) -> Any:
+        if rank == 1 and self.steps_done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    Trainer.step = watched  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError, match=r"^train: another rank has gone, so rank 0 ends; "):
+        train(config)
+
+
+@pytest.mark.parametrize("layout", [{}, {"parallel.fsdp": 2}], ids=["dp", "fsdp"])
+def test_a_rank_that_dies_ends_the_others(
+    config: TrainConfig, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    processes = ranks.start(2, tmp_path, dies, changed(config, layout))
+    for process in processes:
+        process.join(60)
+    assert [p.exitcode for p in processes] == [0, -signal.SIGKILL], (
+        tmp_path / "rank-0.txt"
+    ).read_text()
+    assert find(config.out).name == "step-00000004"
 
 
 def spoil_one(rank: int, config: TrainConfig) -> None:

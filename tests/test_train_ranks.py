@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastgpt.train import TrainConfig, Trainer, load, train
-from fastgpt.train.checkpoint import find
+from fastgpt.train.checkpoint import find, read_json
 from tests import ranks
 from tests.conftest import ROOT
 from tests.train_runs import CONFIG, TEXT, changed, log
@@ -44,11 +44,11 @@ def work(rank: int, config: TrainConfig, stop_at: int = 0, signalled: int = 0) -
     assert trainer.steps_done == (stop_at or config.steps)
 
 
-def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+def close(a: list[dict[str, Any]], b: list[dict[str, Any]], rel: float = 2e-4) -> None:
     assert [line.keys() for line in a] == [line.keys() for line in b]
     for one, other in zip(a, b, strict=True):
         for key in one.keys() - {"sample"}:
-            assert one[key] == pytest.approx(other[key], rel=2e-4), (key, one, other)
+            assert one[key] == pytest.approx(other[key], rel=rel), (key, one, other)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,18 @@ def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
         (2, {}), (2, {"batch.tokens": 4 * 16, "batch.rows": 1}), (2, {"parallel.fsdp": 2}),
         (2, {"parallel.tp": 2}), (2, {"parallel.cp": 2}),
         (4, {"parallel.fsdp": 2, "parallel.tp": 2}), (4, {"parallel.cp": 2}),
+        (2, {"optim.name": "muon", "parallel.fsdp": 2}), (2, {"data.packing": "documents"}),
     ],
-    ids=["dp", "dp, accumulated", "fsdp", "tp", "cp", "fsdp x tp", "dp x cp"],
+    ids=[
+        "dp", "dp, accumulated", "fsdp", "tp", "cp", "fsdp x tp", "dp x cp", "muon, fsdp",
+        "documents",
+    ],
 )  # fmt: skip
 def test_many_ranks_make_the_run_of_one(
     config: TrainConfig, tmp_path: Path, world: int, layout: dict[str, Any]
 ) -> None:
-    train(config)
+    alone = {k: v for k, v in layout.items() if not k.startswith("parallel.")}
+    train(changed(config, alone))
     many = changed(config, {"out": str(tmp_path / "many"), **layout})
     ranks.run(world, tmp_path, work, many)
     close(log(config.out), log(many.out))
@@ -90,6 +95,20 @@ def test_a_run_goes_on_on_another_number_of_ranks(config: TrainConfig, tmp_path:
     ranks.run(4, tmp_path, work, changed(cut, {"parallel.fsdp": 2}), 7, 3)
     train(cut)
     close(log(config.out), log(cut.out))
+
+
+@pytest.mark.parametrize("layout", [{}, {"parallel.fsdp": 2}], ids=["dp", "fsdp"])
+def test_float16_scales_alike_on_all_ranks(
+    config: TrainConfig, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    config = changed(config, {"precision": "float16", "eval.samples": 0})
+    train(config)
+    two = changed(config, {"out": str(tmp_path / "two"), **layout})
+    ranks.run(2, tmp_path, spoil_one, two)
+    close(log(config.out)[:1], log(two.out)[:1], 1e-2)
+    state = read_json(find(two.out) / "train.json")
+    assert state["skipped"] == 1
+    assert state["scaler"]["scale"] == 2.0**15  # halved once
 
 
 def dies(rank: int, config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.data import Batch, Part, Sampler
 from fastgpt.train import Step, Trainer
@@ -127,6 +128,31 @@ def test_float16_learns_what_float32_does() -> None:
     made = [(low.step(), full.step()) for _ in range(40)]
     assert made[-1][0].loss == pytest.approx(made[-1][1].loss, rel=0.02)
     assert made[0][0].grad_norm == pytest.approx(made[0][1].grad_norm, rel=0.02)
+
+
+class ReadsBack(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_host_waits_where_it_logs_and_nowhere_else(precision: str) -> None:
+    t = trainer({"log.every": 3, "batch.rows": 2, "batch.tokens": 64}, precision=precision)
+    with ReadsBack() as reads:
+        t.step()
+        made = t.step()
+        looks = 2 * t.passes  # on a CPU the loss looks at its targets
+        assert reads.count == looks
+        assert float(made.values[0]) > 0.0
+        assert reads.count == looks + 1
+    unread = t.step()
+    assert "_numbers" in vars(unread)
+    assert "_numbers" not in vars(t.step())
 
 
 def batches(packing: str) -> tuple[Sampler, Batch]:

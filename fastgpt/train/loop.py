@@ -45,29 +45,32 @@ class Step:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Step):
             return NotImplemented
-        return (self.step, self.lr, self._read) == (other.step, other.lr, other._read)
+        return (self.step, self.lr, self.read()) == (other.step, other.lr, other.read())
 
     __hash__ = None  # type: ignore[assignment]
 
     @cached_property
-    def _read(self) -> list[float]:
-        values: list[float] = self.values.tolist()
-        return values
+    def _numbers(self) -> tuple[float, ...]:
+        return tuple(self.values.tolist())
+
+    def read(self) -> tuple[float, ...]:
+        """All three, once the GPU has made them."""
+        return self._numbers
 
     @property
     def loss(self) -> float:
         """Mean over the tokens of all ranks, in nats."""
-        return self._read[0]
+        return self._numbers[0]
 
     @property
     def grad_norm(self) -> float:
         """Of all gradients together, before they were clipped."""
-        return self._read[1]
+        return self._numbers[1]
 
     @property
     def skipped(self) -> int:
         """Steps so far whose loss or gradient was not finite, and which changed nothing."""
-        return int(self._read[2])
+        return int(self._numbers[2])
 
 
 class Trainer:
@@ -122,6 +125,7 @@ class Trainer:
         self._group = dist.new_group(backend="gloo") if layout.world > 1 else None
         self.steps_done = 0
         self.seconds = 0.0
+        self._event: torch.cuda.Event | None = None  # the end of the last step
         # Steps that were not finite: in all, and one after the other up to now.
         self._skipped, self._in_a_row = torch.zeros(2, device=layout.device)
 
@@ -174,6 +178,7 @@ class Trainer:
         self._in_a_row = (self._in_a_row + 1.0) * bad
         values = torch.stack([layout.all_reduce(total, "mean"), norm, self._skipped])
         made = Step(self.steps_done, lr, values)
+        self._wait(made)
         self.seconds += time.monotonic() - start
         return made
 
@@ -266,6 +271,19 @@ class Trainer:
         if self.scaler.is_enabled() and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         return state
+
+    def _wait(self, made: Step) -> None:
+        """Keep the host at most a step ahead of the GPU, so that its clock tells the GPU's time.
+
+        Where the step is logged its numbers are waited for, here and not outside of the clock.
+        """
+        if made.step % self.config.log.every == 0:
+            made.read()
+        if self.layout.device.type == "cuda":
+            before, self._event = self._event, torch.cuda.Event()
+            self._event.record()
+            if before is not None:
+                before.synchronize()
 
     def _agree(self, stop: bool) -> bool:
         """Whether any rank is to stop; the time of the slowest becomes that of all."""

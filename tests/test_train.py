@@ -296,7 +296,7 @@ def test_the_configuration_reads_back(config: TrainConfig) -> None:
     read = yaml.safe_load(to_yaml(config))
     groups = {name for name, value in read.items() if isinstance(value, dict)}
     dotted = {f"{g}.{k}": v for g in groups for k, v in read.pop(g).items()}
-    dotted["data.files"] = tuple(dotted["data.files"])
+    dotted = {k: tuple(v) if isinstance(v, list) else v for k, v in dotted.items()}
     assert changed(TrainConfig(), {**read, **dotted}) == config
     assert "model" in groups and "optim" in groups
 

@@ -21,6 +21,7 @@ from fastgpt.layers import (
     made_again,
 )
 from fastgpt.model import GPT, IGNORE
+from fastgpt.ops import backend
 from fastgpt.parallel import order, traffic, vocabulary
 from fastgpt.parallel.context import Context
 from fastgpt.parallel.tensor import (
@@ -62,7 +63,8 @@ class SharedAttention(CausalSelfAttention):
                 o = self._attend(q, k, v, p, cache, layer, turn, documents)
             o = o.reshape(*qkv.shape[:2], -1)
             y, bias = F.linear(o, self.c_proj.weight), self.c_proj.bias
-        return ended(y if tp is None else tp.leave(y), bias, apart)
+        y = y if tp is None else tp.leave(y)
+        return ended(y, bias, apart or backend.kernels_run(y))  # the block takes either
 
 
 class SharedGPT(GPT):

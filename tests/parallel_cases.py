@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig
 from fastgpt.parallel import Layout, ParallelConfig
 from fastgpt.parallel.order import gathered
+from fastgpt.train.optimizer import OptimConfig
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
@@ -82,9 +84,12 @@ def trained(
     documents: bool = False, optimizer: str = "own",
 ) -> Run:  # fmt: skip
     model = layout.parallelize(made(config))
-    own = optimizer == "own"
-    if own:
-        opt: torch.optim.Optimizer = model.configure_optimizer(1e-2, max_grad_norm=0.3)
+    own = optimizer != "torch"
+    opt: torch.optim.Optimizer
+    if optimizer == "muon":
+        opt = OptimConfig("muon", 1e-2, clip=0.3).build(model)
+    elif own:
+        opt = model.configure_optimizer(1e-2, max_grad_norm=0.3)
     else:
         opt = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, foreach=False)
     losses, norms = [], []
@@ -130,7 +135,15 @@ def matches(parallel: ParallelConfig, config: GPTConfig = SMALL, **options: obje
     key = (config, *kept.items())
     if key not in _alone:
         _alone[key] = trained(config, Layout(ParallelConfig(), CPU), **kept)  # type: ignore[arg-type]
-    same(trained(config, Layout.start(parallel, CPU), **options), _alone[key])  # type: ignore[arg-type]
+    got = trained(config, Layout.start(parallel, CPU), **options)  # type: ignore[arg-type]
+    if options.get("optimizer") != "muon":
+        same(got, _alone[key])
+        return
+    want, start = _alone[key], made(config).state_dict()
+    assert got.losses == pytest.approx(want.losses, rel=1e-3)
+    for name, w in want.weights.items():  # its products are bfloat16's
+        off, way = ((w - t).norm().item() for t in (got.weights[name], start[name]))
+        assert off < 0.15 * way, f"{name} is off by {off:.1e} of {way:.1e}"
 
 
 def half(**sizes: int) -> ParallelConfig:
@@ -215,6 +228,9 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {
     "tp, documents": ((2,), lambda: matches(ParallelConfig(tp=2), documents=True)),
     "tp, llama, documents": ((2,), lambda: matches(ParallelConfig(tp=2), LLAMA, documents=True)),
     "fsdp, documents": ((2,), lambda: matches(half(fsdp=2), documents=True)),
+    "fsdp, muon": ((2,), lambda: matches(half(fsdp=2), optimizer="muon")),
+    "tp, muon": ((2,), lambda: matches(ParallelConfig(tp=2), optimizer="muon")),
+    "tp and fsdp, muon": ((4,), lambda: matches(ParallelConfig(tp=2, fsdp=2), optimizer="muon")),
     "generation": ((2,), generation),
     "cp and dp": ((4,), lambda: matches(ParallelConfig(cp=2))),
     "cp and fsdp": ((4,), lambda: matches(ParallelConfig(cp=2, fsdp=2))),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
+from fastgpt import sharded
 from fastgpt.optim.adamw import AdamW, restore_moments
 
 _OWN = ("max_grad_norm", "skip_nonfinite", "grad_norm", "skipped_steps", "_inner")
@@ -115,17 +116,14 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.max_grad_norm is None and not self.skip_nonfinite:
             return True
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if hasattr(norm, "full_tensor"):  # a DTensor, the sum over ranks still to be taken
-            norm = norm.full_tensor()
-        self.grad_norm = norm
+        self.grad_norm = norm = sharded.norm(grads)  # of all ranks
         if self.skip_nonfinite and not math.isfinite(float(norm)):
             self.skipped_steps += 1
             return False
         if self.max_grad_norm is not None and math.isfinite(self.max_grad_norm):
             factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             for grad in grads:
-                grad.mul_(factor.to(grad.device))
+                sharded.local(grad).mul_(factor.to(grad.device))
         return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ class SharedAttention(CausalSelfAttention):
     ) -> Tensor | Branch:  # fmt: skip
         """x: (B, T', C), the stream's -> the same; arguments as CausalSelfAttention's."""
         tp, cp = self.tensors, self.context
+        if tp is None and (cp is None or not cp.split):
+            return super().forward(x, cache, layer, turn, again, apart, documents)
         H, kv = self.n_head, self.n_kv_head
         p = self.dropout if self.training else 0.0
         whole = x if tp is None else tp.enter(x)  # (B, T, C)
@@ -62,8 +64,10 @@ class SharedAttention(CausalSelfAttention):
             else:
                 o = self._attend(q, k, v, p, cache, layer, turn, documents)
             o = o.reshape(*qkv.shape[:2], -1)
+            if tp is None:
+                return ended(self.c_proj(o), None, apart)
             y, bias = F.linear(o, self.c_proj.weight), self.c_proj.bias
-        y = y if tp is None else tp.leave(y)
+        y = tp.leave(y)
         return ended(y, bias, apart or backend.kernels_run(y))  # the block takes either
 
 

@@ -1,4 +1,4 @@
-"""The command line: fastgpt demo, train, generate, tune, bench, lab.
+"""The command line: fastgpt demo, train, generate, tune, bench, lab, plan.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -20,6 +20,7 @@ commands:
   tune      measure tiles on this machine's GPU, and use the fastest from then on
   bench     time ops and a GPT beside others' ways on this machine
   lab       what a Triton kernel became on each chip, and its faults, with no GPU
+  plan      memory, traffic and least time of a training run on 1 to 25,000 devices
 
 fastgpt COMMAND --help tells a command's options.
 """
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
     commands = {
         "demo": _demo, "train": _train, "generate": _generate, "tune": _tune, "bench": _bench,
-        "lab": _lab,
+        "lab": _lab, "plan": _plan,
     }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -224,3 +225,9 @@ def _lab(argv: list[str]) -> int:
         raise ImportError(
             f"lab: needs the package {error.name}; pip install 'fastgpt-triton[lab]'"
         ) from None
+
+
+def _plan(argv: list[str]) -> int:
+    from fastgpt.plan.cli import main as plan
+
+    return plan(argv, _Parser)

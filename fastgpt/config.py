@@ -27,12 +27,20 @@ _PRESETS: dict[str, tuple[int, int, int, int, int]] = {
     "gpt3-13b": (2048, 50257, 40, 40, 5120),
     "gpt3-175b": (2048, 50257, 96, 96, 12288),
 }
-# The same; then n_kv_head, n_inner, rope_theta. SmolLM2: Ben Allal et al., 2025,
-# https://arxiv.org/abs/2502.02737.
-_LLAMA_PRESETS: dict[str, tuple[tuple[int, int, int, int, int], int, int, float]] = {
-    "tiny-llama": ((256, 2048, 4, 4, 256), 2, 704, 1e4),
-    "smollm2-135m": ((8192, 49152, 30, 9, 576), 3, 1536, 1e5),
-    "smollm2-360m": ((8192, 49152, 32, 15, 960), 5, 2560, 1e5),
+# The same; then n_kv_head, n_inner, rope_theta, tied. SmolLM2: Ben Allal et al., 2025,
+# https://arxiv.org/abs/2502.02737. Llama 2: Touvron et al., 2023, https://arxiv.org/abs/2307.09288;
+# Llama 3: Grattafiori et al., 2024, https://arxiv.org/abs/2407.21783, table 3, with the context of
+# its pre-training and without the scaled positions of 3.1.
+_LLAMA_PRESETS: dict[str, tuple[tuple[int, int, int, int, int], int, int, float, bool]] = {
+    "tiny-llama": ((256, 2048, 4, 4, 256), 2, 704, 1e4, True),
+    "smollm2-135m": ((8192, 49152, 30, 9, 576), 3, 1536, 1e5, True),
+    "smollm2-360m": ((8192, 49152, 32, 15, 960), 5, 2560, 1e5, True),
+    "llama2-7b": ((4096, 32000, 32, 32, 4096), 32, 11008, 1e4, False),
+    "llama2-13b": ((4096, 32000, 40, 40, 5120), 40, 13824, 1e4, False),
+    "llama2-70b": ((4096, 32000, 80, 64, 8192), 8, 28672, 1e4, False),
+    "llama3-8b": ((8192, 128256, 32, 32, 4096), 8, 14336, 5e5, False),
+    "llama3-70b": ((8192, 128256, 80, 64, 8192), 8, 28672, 5e5, False),
+    "llama3-405b": ((8192, 128256, 126, 128, 16384), 8, 53248, 5e5, False),
 }
 PRESETS = (*_PRESETS, *_LLAMA_PRESETS)
 
@@ -173,6 +181,20 @@ class GPTConfig:
             return self.n_inner
         return -(-8 * self.n_embd // (3 * 64)) * 64 if self.llama else 4 * self.n_embd
 
+    def flops(self, T: int, training: bool = False) -> int:
+        """Floating-point operations of the matrix products over one sequence of T tokens.
+
+        A multiply-add is two. Each weight of a linear layer takes 2 T, for GPT-2 in all
+        2 T (12 n_layer C^2 + V C), attention, of which a causal model needs T (T + 1) / 2 pairs,
+        2 n_layer C T (T + 1). Training takes three times the forward pass: each product has two in
+        its backward.
+        """
+        attention = self.n_embd * (2 * self.n_head + 2 * self.kv_heads) * self.head_dim
+        feed_forward = (3 if self.llama else 2) * self.n_embd * self.inner
+        weights = self.n_layer * (attention + feed_forward) + self.vocab_size * self.n_embd
+        forward = 2 * T * weights + 2 * self.n_layer * self.n_embd * T * (T + 1)
+        return 3 * forward if training else forward
+
     @classmethod
     def preset(cls, name: str) -> "GPTConfig":
         """The shape of a known model: one of `PRESETS`, without dropout.
@@ -181,10 +203,11 @@ class GPTConfig:
             ValueError: no preset has that name.
         """
         if name in _LLAMA_PRESETS:
-            shape, n_kv_head, n_inner, theta = _LLAMA_PRESETS[name]
+            shape, n_kv_head, n_inner, theta, tied = _LLAMA_PRESETS[name]
             return cls(
-                *shape, variant="llama", n_kv_head=n_kv_head, n_inner=n_inner, rope_theta=theta
-            )
+                *shape, variant="llama", n_kv_head=n_kv_head, n_inner=n_inner, tied=tied,
+                rope_theta=theta,
+            )  # fmt: skip
         if name not in _PRESETS:
             raise ValueError(
                 f"GPTConfig: the preset must be one of {', '.join(PRESETS)}; got {name!r}"

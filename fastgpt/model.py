@@ -345,16 +345,5 @@ class GPT(nn.Module):
         return n if embeddings else n - sum(w.numel() for w in tables)
 
     def flops(self, T: int, training: bool = False) -> int:
-        """Floating-point operations of the matrix products over one sequence of T tokens.
-
-        A multiply-add is two. Each weight of a linear layer takes 2 T, for GPT-2 in all
-        2 T (12 n_layer C^2 + V C), attention, of which a causal model needs T (T + 1) / 2 pairs,
-        2 n_layer C T (T + 1). Training takes three times the forward pass: each product has two in
-        its backward.
-        """
-        c = self.config
-        attention = c.n_embd * (2 * c.n_head + 2 * c.kv_heads) * c.head_dim
-        feed_forward = (3 if c.llama else 2) * c.n_embd * c.inner
-        weights = c.n_layer * (attention + feed_forward) + c.vocab_size * c.n_embd
-        forward = 2 * T * weights + 2 * c.n_layer * c.n_embd * T * (T + 1)
-        return 3 * forward if training else forward
+        """Those of the matrix products over one sequence of T tokens, see `GPTConfig.flops`."""
+        return self.config.flops(T, training)

@@ -21,7 +21,7 @@ LAYERS = {
     "lora": 3, "adapters": 3,
     "tokenizer": 4, "data": 4, "generate": 4, "parallel": 4, "train": 5, "lab": 6,
     "demo": 7, "bench": 7, "huggingface": 5, "patching": 6, "cli": 8,
-    "tune_ops": 6, "tune": 7, "warmup": 7,
+    "tune_ops": 6, "tune": 7, "warmup": 7, "plan": 7,
 }  # fmt: skip
 SOURCES = [*(ROOT / "kernels").glob("*.py"), *(ROOT / "fastgpt").rglob("*.py")]
 

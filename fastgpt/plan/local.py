@@ -26,6 +26,7 @@ from fastgpt.layers import (
     Block,
     Branch,
     CausalSelfAttention,
+    Documents,
     KVCache,
     Turn,
     made_again,
@@ -80,7 +81,7 @@ class _Attention(CausalSelfAttention):
 
     def forward(
         self, x: Tensor, cache: KVCache | None = None, layer: int = 0, turn: Turn | None = None,
-        again: Again | None = None, apart: bool = False,
+        again: Again | None = None, apart: bool = False, documents: Documents | None = None,
     ) -> Tensor | Branch:  # fmt: skip
         H, kv = self.n_head, self.n_kv_head
         again = _again(x, again, self.layout, self.note)
@@ -92,21 +93,17 @@ class _Attention(CausalSelfAttention):
             o = ops.attention_packed(qkv, H, dropout_p=self.dropout)
         else:
             q, k, v = qkv.split([H, kv, kv], 2)
-            o = self._attend(q, k, v, self.dropout, cache, layer, turn)
+            o = self._attend(q, k, v, self.dropout, cache, layer, turn, documents)
         return leave(self.c_proj(o.reshape(B, T, H * self.D)), self.layout, self.note)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, p: float, cache: KVCache | None, layer: int,
-        turn: Turn | None,
+        turn: Turn | None, documents: Documents | None,
     ) -> Tensor:  # fmt: skip
         n = self.layout.cp
         if n == 1:
-            return super()._attend(q, k, v, p, cache, layer, turn)
-        if turn is not None and self.q_norm is not None and self.k_norm is not None:
-            q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
-            q, k = ops.rotary(q, k, *turn, q_weight=q_weight, k_weight=k_weight)
-        elif turn is not None:
-            q, k = ops.rotary(q, k, *turn)
+            return super()._attend(q, k, v, p, cache, layer, turn, documents)
+        q, k = self.turned(q, k, turn)
         k, v = (_Collective.apply(t, "all-gather", "cp", n, self.note) for t in (k, v))
         chunk = q.shape[1] // 2
         first = ops.attention(q[:, :chunk], k[:, :chunk], v[:, :chunk], causal=True)
@@ -217,10 +214,13 @@ class LocalGPT(GPT):
         if layout.recompute == "block":
             self.h = nn.ModuleList(_Checkpointed(block) for block in self.h)
 
-    def _embed(self, idx: Tensor, start: int, p: float) -> Tensor:
-        return leave(super()._embed(idx, start, p), self.layout, self.note)
+    def _embed(self, idx: Tensor, start: int, p: float, places: Tensor | None) -> Tensor:
+        return leave(super()._embed(idx, start, p, places), self.layout, self.note)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """The loss of a rank's tokens, (B, T / cp)."""
         assert targets is not None
         hidden = enter(self.hidden(idx), self.layout, self.note)

@@ -113,7 +113,7 @@ def test_what_is_kept_is_what_autograd_keeps(config: GPTConfig, recompute: str) 
 @SHAPES
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(tp=2, regather=True, recompute="2"), Layout(cp=2, recompute="block")],
+    [Layout(), Layout(tp=2, recompute="2"), Layout(cp=2, recompute="block")],
     ids=str,
 )
 def test_more_layers_and_more_rows_are_what_is_worked_out(
@@ -157,26 +157,43 @@ def test_each_level_of_recompute_keeps_less_and_costs_no_less() -> None:
 
 
 def test_tensor_parallel_traffic() -> None:
-    """Two gathers and two scatters of all tokens a pass (Korthikanti et al., 2022)."""
+    """Two gathers and two scatters of all tokens a pass, and in backward what was gathered once
+    more (Korthikanti et al., 2022); gradients of what all hold are summed."""
     whole = T * GPT2.n_embd * 2
-    plain = {("all-gather", "tp"): (2 * whole, 2), ("reduce-scatter", "tp"): (2 * whole, 2)}
     m = measure(GPT2, Layout(tp=2), T, A100)
-    assert dict(m.forward["layer"].traffic) == dict(m.backward["layer"].traffic) == plain
-    more = measure(GPT2, Layout(tp=2, regather=True), T, A100)
-    assert more.forward["layer"].traffic["all-gather", "tp"] == (2 * whole, 2)
-    assert more.backward["layer"].traffic["all-gather", "tp"] == (4 * whole, 4)
-    assert m.kept["layer"] - more.kept["layer"] == 2 * (whole - whole / 2)
-    none = measure(GPT2, Layout(tp=2, sequence=False), T, A100)
-    for half in (none.forward, none.backward):
-        assert dict(half["layer"].traffic) == {("all-reduce", "tp"): (2 * whole, 2)}
+    forward, backward = m.forward["layer"].traffic, m.backward["layer"].traffic
+    assert dict(forward) == {
+        ("all-gather", "tp"): (2 * whole, 2), ("reduce-scatter", "tp"): (2 * whole, 2)
+    }  # fmt: skip
+    assert backward["all-gather", "tp"] == (4 * whole, 4)
+    assert backward["reduce-scatter", "tp"] == (2 * whole, 2)
+    assert backward["all-reduce", "tp"] == (6 * GPT2.n_embd * 2, 6)  # two norms, two biases
+    alone = measure(GPT2, Layout(tp=2, sequence=False), T, A100)
+    assert dict(alone.forward["layer"].traffic) == {("all-reduce", "tp"): (2 * whole, 2)}
+    assert alone.backward["layer"].traffic["all-reduce", "tp"] == (2 * whole, 2)
+    assert alone.kept["layer"] > m.kept["layer"]
 
 
 def test_context_parallel_traffic() -> None:
-    """k and v gathered, their gradients scattered."""
+    """k and v gathered, twice, and their gradients scattered in float32."""
     whole = 2 * T * LLAMA.kv_heads * LLAMA.head_dim * 2
     m = measure(LLAMA, Layout(cp=2), T, A100)
-    assert dict(m.forward["layer"].traffic) == {("all-gather", "cp"): (whole, 2)}
-    assert dict(m.backward["layer"].traffic) == {("reduce-scatter", "cp"): (whole, 2)}
+    assert dict(m.forward["layer"].traffic) == {("all-gather", "cp"): (whole, 1)}
+    assert dict(m.backward["layer"].traffic) == {
+        ("all-gather", "cp"): (whole, 1), ("reduce-scatter", "cp"): (2 * whole, 1)
+    }  # fmt: skip
+
+
+def test_a_process_with_peers_does_not_plan() -> None:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(ValueError, match=r"^plan: this process belongs to a process group"):
+            measure(replace(GPT2, n_layer=3), Layout(tp=2), T, A100)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_volumes_and_links() -> None:

@@ -96,8 +96,9 @@ def _loss(
     (M, _), V = x.shape, len(weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     how = (ignore_index, 0.0, 0.0, 0.0)
+    gpu = backend.runs_kernel(x)
     # A product with an odd number of columns is several times as slow on a GPU.
-    padded = F.pad(weight, (0, 0, 0, -V % 64)) if V % 8 and x.is_cuda else weight
+    padded = F.pad(weight, (0, 0, 0, -V % 64)) if V % 8 and gpu else weight
     dx = x.new_empty(x.shape if needs[0] else 0, dtype=wide)
     dw = x.new_zeros(padded.shape if needs[1] else 0, dtype=wide)
     losses = x.new_zeros((), dtype=wide)
@@ -108,7 +109,7 @@ def _loss(
     column = torch.where(here, target - first, 0)
     own = torch.where(here, column, torch.where(counts, V, ignore_index))
     one = x.new_ones(M, dtype=wide)
-    chunk = chunk_rows(M, V, x.element_size(), GPU_BUDGET if x.is_cuda else CPU_BUDGET)
+    chunk = chunk_rows(M, V, x.element_size(), GPU_BUDGET if gpu else CPU_BUDGET)
     for start in range(0, M, chunk):
         rows = slice(start, min(start + chunk, M))
         z = F.linear(x[rows], padded)

@@ -17,16 +17,15 @@ class Layout:
         dp: replicas; their gradients are summed by an all-reduce.
         fsdp: ranks that share weights, gradients and optimizer state of a replica.
         tp: ranks that share every matrix, heads and feed-forward.
-        cp: ranks that share a sequence; every rank gathers the keys and values of all.
+        cp: ranks that share a sequence; every rank gathers the keys and values of all, in forward
+            and again in backward.
         pp: stages of a pipeline. A model on paper: fastgpt trains without one.
         interleave: runs of layers of a stage.
         micro_batch: sequences of one forward pass on a rank.
         recompute: as GPTConfig's 0, 1, 2; or "block": all of a block but what it is given, by
             torch.utils.checkpoint.
-        sequence: whether what lies between the sharded products is split along the sequence over
-            tp too.
-        regather: whether what tp gathered is let go after its product, and gathered again in
-            backward, as Megatron-LM does.
+        sequence: whether the ranks of tp share the positions between those products too; what
+            they gather for a product they let go, and gather again in backward.
         reshard: whether gathered weights are let go after each use (ZeRO-3). If not they are
             gathered once a step and kept (ZeRO-2); a pipeline needs that.
     """
@@ -40,7 +39,6 @@ class Layout:
     micro_batch: int = 1
     recompute: str = "1"
     sequence: bool = True
-    regather: bool = False
     reshard: bool = True
 
     def __post_init__(self) -> None:
@@ -128,7 +126,7 @@ def parse(words: str) -> Layout:
             raise ValueError(f"plan: a layout is NAME=VALUE,... of {known}; got {word.strip()!r}")
         if name == "recompute":
             values[name] = value
-        elif name in ("sequence", "regather", "reshard"):
+        elif name in ("sequence", "reshard"):
             if value.lower() not in ("true", "false"):
                 raise ValueError(f"plan: {name} must be true or false; got {value!r}")
             values[name] = value.lower() == "true"

@@ -1,15 +1,16 @@
 """What a rank computes, moves and keeps: measured on fake tensors, not worked out by formulas.
 
-One training step of `fastgpt.plan.local.LocalGPT`, forward and backward, runs under
-FakeTensorMode: tensors have shapes and storages but no memory. Every op that reaches the dispatcher
-is written down with its FLOPs (torch's and fastgpt's own formulas), the bytes of its inputs and
-outputs, and the bytes alive after it. Two depths, 2 and 3 layers, give what a layer adds and what
+One training step of a rank's part of the model, as fastgpt.parallel shares it (`local.py`), forward
+and backward, runs under FakeTensorMode: tensors have shapes and storages but no memory. Every op
+that reaches the dispatcher is written down with its FLOPs (torch's and fastgpt's own formulas), the
+bytes of its inputs and outputs, and the bytes alive after it; collectives with what they send. Two
+depths, 2 and 3 layers, give what a layer adds and what
 the rest takes; two batches, 1 and 2 sequences, give each op's line in the batch. Layers are alike
 and shapes are linear in the batch, so both extrapolations are exact; a test holds them to that.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,7 +33,18 @@ from fastgpt.plan.layout import Layout
 FORWARD, BACKWARD = 0, 1
 DEPTHS = (2, 3)
 Traffic = Mapping[tuple[str, str], tuple[float, float]]  # kind, axis: bytes, calls
-_FREE = ("aten.detach", "aten.new_empty", "aten.empty")
+_COLLECTIVES = {
+    "_c10d_functional.all_gather_into_tensor": "all-gather",
+    "_c10d_functional.reduce_scatter_tensor": "reduce-scatter",
+    "_c10d_functional.all_reduce": "all-reduce",
+}
+_FREE = (
+    "_c10d_functional.wait_tensor",
+    "aten.promote_types",
+    "aten.detach",
+    "aten.new_empty",
+    "aten.empty",
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +87,13 @@ class Measured:
 
 
 class Trace(TorchDispatchMode):
-    """Writes down every op: its pass, FLOPs, bytes moved, bytes alive after it."""
+    """Writes down every op: its pass, FLOPs, bytes moved, bytes alive after it.
 
-    def __init__(self, there: list[Tensor]) -> None:
+    Args:
+        there: tensors that are alive before; axes: names of process groups -> axes.
+    """
+
+    def __init__(self, there: list[Tensor], axes: Mapping[str, str]) -> None:
         from torch.utils.flop_counter import flop_registry
 
         super().__init__()
@@ -87,22 +103,27 @@ class Trace(TorchDispatchMode):
         self.rows: list[tuple[int, float, float, float]] = []
         self.traffic: list[dict[tuple[str, str], tuple[float, float]]] = [{}, {}]
         self.live = 0
-        self.known = {t.untyped_storage()._cdata for t in there}
-
-    def note(self, kind: str, axis: str, size: int) -> None:
-        bytes, calls = self.traffic[self.which].get((kind, axis), (0.0, 0.0))
-        self.traffic[self.which][kind, axis] = bytes + size, calls + 1
+        self.axes = axes
+        self.known = {t.untyped_storage()._cdata for t in _here(there)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = str(func._overloadpacket)
         if name == "prim.device":
             return out
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        made = _here(tree_leaves(out))
         for t in made:
             self._born(t)
-        if not func.is_view and name not in _FREE:
-            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name in _COLLECTIVES:
+            kind = _COLLECTIVES[name]
+            whole = _bytes(made if kind == "all-gather" else _here(args[:1]))
+            axis = self.axes[args[-1]]
+            bytes, calls = self.traffic[self.which].get((kind, axis), (0.0, 0.0))
+            self.traffic[self.which][kind, axis] = bytes + whole, calls + 1
+            self.names.append(name)
+            self.rows.append((self.which, 0.0, 0.0, self.live))
+        elif not func.is_view and name not in _FREE and not _onto_itself(name, args):
+            given = _here(tree_leaves((args, kwargs)))
             formula = self.formulas.get(func._overloadpacket)
             flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
             if name == "fastgpt.embedding_fwd":
@@ -122,6 +143,20 @@ class Trace(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.live -= size
+
+
+def _here(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values; of a DTensor the part of this rank."""
+    return [getattr(t, "_local_tensor", t) for t in values if isinstance(t, Tensor)]
+
+
+def _onto_itself(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a copy has nothing to do: what x[...] += y ends in."""
+    if name != "aten.copy_":
+        return False
+    a, b = _here(args[:2])
+    where = [(t.untyped_storage()._cdata, t.storage_offset(), t.stride()) for t in (a, b)]
+    return where[0] == where[1] and a.shape == b.shape
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -162,21 +197,17 @@ class _Run:
 @lru_cache(maxsize=512)
 def _run(config: GPTConfig, layout: Layout, T: int, B: int, depth: int, level: int) -> _Run:
     """One step; level is config.recompute, which is no part of its equality."""
-    from fastgpt.plan.local import LocalGPT
+    from fastgpt.plan.local import axes, part, ranks
 
     shallow = replace(config, n_layer=depth, block_size=max(T, config.block_size), recompute=level)
-    with _fake():
-        trace: Trace
-
-        def note(kind: str, axis: str, size: int) -> None:
-            trace.note(kind, axis, size)
-
-        model = LocalGPT(shallow, layout, note)
+    with ranks(layout) as mesh, _fake():
+        model = part(shallow, layout, mesh)
+        ids = torch.zeros(B, T, dtype=torch.int64)
+        there = [ids]
         for p in model.parameters():
             p.grad = torch.empty_like(p)  # gradients are summed over micro-batches
-        ids = torch.zeros(B, T // layout.cp, dtype=torch.int64)
-        there = [*model.parameters(), ids]
-        trace = Trace([*there, *(p.grad for p in model.parameters() if p.grad is not None)])
+            there += [p, p.grad]
+        trace = Trace(there, axes(mesh))
         with trace:
             loss = model(ids, ids)
             kept = trace.live
@@ -185,9 +216,9 @@ def _run(config: GPTConfig, layout: Layout, T: int, B: int, depth: int, level: i
         named = dict(model.named_parameters())
     weights = dict.fromkeys(("layer", "embedding", "head"), 0)
     for name, p in named.items():
-        part = "layer" if name.startswith("h.") else "embedding"
-        part = "head" if name.startswith(("ln_f", "lm_head")) else part
-        weights[part] += p.numel()
+        where = "layer" if name.startswith("h.") else "embedding"
+        where = "head" if name.startswith(("ln_f", "lm_head")) else where
+        weights[where] += _here([p])[0].numel()
     table = np.array(trace.rows, dtype=np.float64)
     which, flops, moved, live = table.T
     traffic = (trace.traffic[0], trace.traffic[1])
@@ -198,6 +229,8 @@ def _at(config: GPTConfig, layout: Layout, T: int, B: int, depth: int) -> _Run:
     """A run at any batch, from those of 1 and 2 sequences, op by op."""
     level = 0 if layout.recompute == "block" else int(layout.recompute)
     key = replace(layout, micro_batch=1)
+    if B <= 2 or (layout.tp > 1 and _chunk(config, layout, T, B) < B * T // layout.cp):
+        return _run(config, key, T, B, depth, level)  # more chunks of logits, and so more ops
     one, two = (_run(config, key, T, n, depth, level) for n in (1, 2))
     if one.names != two.names:  # an op that is spared for one sequence
         return _run(config, key, T, B, depth, level)
@@ -214,6 +247,12 @@ def _at(config: GPTConfig, layout: Layout, T: int, B: int, depth: int) -> _Run:
         line(one.live, two.live), line(one.kept, two.kept), traffic,  # type: ignore[arg-type]
         one.weights,
     )  # fmt: skip
+
+
+def _chunk(config: GPTConfig, layout: Layout, T: int, B: int) -> int:
+    """Rows of logits that exist at a time."""
+    V = -(-config.vocab_size // layout.tp)
+    return chunk_rows(B * T // layout.cp, V, 2, GPU_BUDGET)
 
 
 def _cost(run: _Run, which: int, cluster: Cluster) -> Cost:
@@ -242,8 +281,7 @@ def _minus(a: Cost, b: Cost, times: int = 1) -> Cost:
 
 
 def measure(config: GPTConfig, layout: Layout, T: int, cluster: Cluster) -> Measured:
-    """Measure a micro-batch of a layout: tp, cp, sequence, regather, recompute and
-    micro_batch matter.
+    """Measure a micro-batch of a layout: tp, cp, sequence, recompute and micro_batch matter.
 
     Args:
         config: of the whole model; T: tokens of a sequence, all of cp's.
@@ -254,7 +292,7 @@ def measure(config: GPTConfig, layout: Layout, T: int, cluster: Cluster) -> Meas
     """
     key = Layout(
         tp=layout.tp, cp=layout.cp, recompute=layout.recompute, sequence=layout.sequence,
-        regather=layout.regather, micro_batch=layout.micro_batch,
+        micro_batch=layout.micro_batch,
     )  # fmt: skip
     return _measure(config, key, T, cluster)
 
@@ -270,14 +308,14 @@ def _measure(config: GPTConfig, layout: Layout, T: int, cluster: Cluster) -> Mea
     kept = deep.kept - shallow.kept
     weights = dict(deep.weights)
     weights["layer"] = deep.weights["layer"] - shallow.weights["layer"]
-    V = -(-config.vocab_size // layout.tp)
-    chunk = chunk_rows(layout.micro_batch * T // layout.cp, V, 2, GPU_BUDGET) * V * 2
+    hidden = 0.0  # the logits that exist inside of one op; with tp they are seen
+    if layout.tp == 1:
+        hidden = _chunk(config, layout, T, layout.micro_batch) * config.vocab_size * 2.0
     return Measured(
         passes[FORWARD],
         passes[BACKWARD],
         {"layer": kept, "ends": shallow.kept - DEPTHS[0] * kept},
-        # Above what is kept at the turn, plus the logits that exist inside of one op.
-        max(float(deep.live.max()) - deep.kept, float(chunk)),
+        max(float(deep.live.max()) - deep.kept, hidden),
         weights,
     )
 

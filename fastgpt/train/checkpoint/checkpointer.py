@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -200,13 +200,22 @@ class Checkpointer:
             raise ValueError(f"checkpoint: the model must have the run's shape; got {config}")
         with reading(folder):
             weights = tensors.model_tensors(model)
-            tensors.same(weights, folder / MODEL)
-            tensors.read(weights, folder / MODEL, self._group)
+            saved = self._on_first(lambda: tensors.index(folder / MODEL))
+            tensors.same(weights, saved)
+            tensors.read(weights, folder / MODEL, saved, self._group)
             if optimizer is not None:
-                if not (folder / OPTIMIZER).is_dir():
-                    raise ValueError("it has no optimizer's state")
-                tensors.set_optimizer(model, optimizer, folder / OPTIMIZER, self._group)
+                saved = self._on_first(lambda: self._optimizer_index(folder))
+                places = tensors.optimizer_places(model, optimizer, saved)
+                tensors.read(places, folder / OPTIMIZER, saved, self._group)
+                tensors.set_optimizer(model, optimizer, places)
         return read_json(folder / TRAIN)
+
+    def _optimizer_index(self, folder: Path) -> Any:
+        from fastgpt.train.checkpoint import tensors
+
+        if not (folder / OPTIMIZER).is_dir():
+            raise ValueError("it has no optimizer's state")
+        return tensors.index(folder / OPTIMIZER)
 
     def _in_background(self, *save: Any) -> None:
         try:
@@ -225,17 +234,20 @@ class Checkpointer:
 
         part: Path | None = None
         try:
-            part = self._on_first(lambda: folders.begin(self.out, step))
+            part = self.out / self._on_first(lambda: folders.begin(self.out, step).name)
             for name, those in parts.items():
                 tensors.write(those, part / name, self._group, self.world)
             sums = self._on_all(lambda: self._sums(part))
-            final = self._on_first(lambda: self._finish(part, texts, tokenizer, sums))
+            final = self._on_first(lambda: self._finish(part, texts, tokenizer, sums).name)
         except Exception as error:
-            raise OSError(f"checkpoint: step {step} is not saved; {one_line(error)}") from None
+            what = f"checkpoint: step {step} is not saved; "
+            if _is_a_lost_rank(error):
+                raise ConnectionError(what + "another rank has gone") from None
+            raise OSError(what + one_line(error)) from None
         finally:
             if part is not None and self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)  # gone if all went well
-        self._good.add(final)
+        self._good.add(self.out / final)
         self._bad.clear()
 
     def _sums(self, part: Path) -> dict[str, str]:
@@ -271,26 +283,37 @@ class Checkpointer:
             self._good.add(folder)
         return wrong
 
-    def _on_all(self, work: Callable[[], T]) -> list[T]:
-        """What each rank's work gives. If it fails on one, all of them raise.
+    def _each(self, work: Callable[[], T]) -> T:
+        """What work gives on this rank, once it is done on all of them.
 
         Raises:
             OSError: some rank could not; which and why.
         """
-        done: tuple[T | None, str | None]
+        reason = value = None
         try:
-            done = work(), None
+            value = work()
         except Exception as error:
-            done = None, one_line(error)
-        every: list[Any] = [done]
-        if self._group is not None:
-            every = [None] * self.world
-            dist.all_gather_object(every, done, group=self._group)
-        for rank, (_, reason) in enumerate(every):
-            if reason is not None:
-                raise OSError(reason if self.world == 1 else f"rank {rank}: {reason}")
-        return [value for value, _ in every]
+            reason = one_line(error)
+        for rank, why in enumerate(self._gather(reason)):
+            if why is not None:
+                raise OSError(why if self.world == 1 else f"rank {rank}: {why}")
+        return cast(T, value)
+
+    def _on_all(self, work: Callable[[], T]) -> list[T]:
+        """What work gives on each rank."""
+        return self._gather(self._each(work))
 
     def _on_first(self, work: Callable[[], T]) -> T:
-        """What rank 0's work gives, on all ranks."""
-        return self._on_all(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        """What work gives on rank 0, on all ranks."""
+        return cast(T, self._on_all(lambda: work() if self.rank == 0 else None)[0])
+
+    def _gather(self, value: T) -> list[T]:
+        every = [value] * self.world
+        if self._group is not None:
+            dist.all_gather_object(every, value, group=self._group)
+        return every
+
+
+def _is_a_lost_rank(error: Exception) -> bool:
+    """torch has no one class for it: gloo's errors are RuntimeErrors that name its source."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -19,11 +19,16 @@ _SUM = re.compile(r"([0-9a-f]{64})  ([\w.-]+(?:/[\w.-]+)?)")  # one folder deep 
 def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a run's folder, the newest first, whether or not they are whole."""
     try:
-        names = [(match, p) for p in Path(out).iterdir() if (match := _STEP.fullmatch(p.name))]
+        found = [p for p in Path(out).iterdir() if _STEP.fullmatch(p.name)]
     except OSError:
         return []
-    order = {p: (int(match[1]), int(match[2] or 0)) for match, p in names}
-    return sorted(order, key=order.__getitem__, reverse=True)
+    return sorted(found, key=_order, reverse=True)
+
+
+def _order(checkpoint: Path) -> tuple[int, int]:
+    """Its step, and how often that was saved before."""
+    match = _STEP.fullmatch(checkpoint.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def find(folder: str | os.PathLike[str]) -> Path:
@@ -147,10 +152,12 @@ def commit(part: Path) -> Path:
 def prune(newest: Path, keep: int, keep_best: bool, bad: Collection[Path]) -> None:
     """Remove the checkpoints beside the newest that need not be kept, and the bad ones.
 
-    Those of later steps are of a run that was given up: this one has begun again before them.
+    Others of its step and of later ones are of a run that was given up: this one has begun again
+    before them.
     """
     found = checkpoints(newest.parent)
-    good = [p for p in found[found.index(newest) :] if p not in bad]
+    before = [p for p in found if _order(p)[0] < _order(newest)[0] and p not in bad]
+    good = [newest, *before]
     kept = {*good[:keep], _best(good) if keep_best else None}
     for old in found:
         if old not in kept:

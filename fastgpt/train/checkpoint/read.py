@@ -48,14 +48,13 @@ def load(
             model = GPT(config)
             if adapted := read_json(folder / CONFIG).get("lora"):
                 lora.rebuild(model, adapted)
-        want = model.state_dict()
-        tensors.same(want, folder / MODEL)
-        saved = tensors.stored(folder / MODEL)
+        saved = tensors.index(folder / MODEL)
+        dtypes = tensors.same(model.state_dict(), saved)
         weights = {
-            name: torch.empty(t.shape, dtype=saved[name][1], device=device)
-            for name, t in want.items()
+            name: torch.empty(t.shape, dtype=dtypes[name], device=device)
+            for name, t in model.state_dict().items()
         }
-        tensors.read(weights, folder / MODEL)
+        tensors.read(weights, folder / MODEL, saved)
         model.load_state_dict(weights, assign=True)
         tokenizer = Tokenizer.load(folder / TOKENIZER)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -87,7 +86,7 @@ def whole(folder: str | os.PathLike[str], training: bool = False) -> Path:
 
 def export(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Write a checkpoint's model in Hugging Face's layout: model.safetensors, config.json, and
-    tokenizer.json.
+    tokenizer.json; with LoRA merged into its weights.
 
     Args:
         folder: a checkpoint, or the folder of a run, whose newest whole one is taken.
@@ -98,7 +97,7 @@ def export(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
         OSError: out cannot be written.
     """
     model, tokenizer = load(folder)
-    model.save_pretrained(out)
+    lora.merge(model).save_pretrained(out)
     tokenizer.save(Path(out) / TOKENIZER)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn.parallel import DistributedDataParallel
@@ -67,30 +67,39 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def set_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, group: Any = None
-) -> None:
-    """Put saved tensors into an optimizer; its options stay as they are.
+def optimizer_places(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Metadata
+) -> dict[str, Tensor]:
+    """Tensors to `read` an optimizer's into: one of its parameter's shape is sharded as that is.
 
-    A tensor of its parameter's shape is sharded as the parameter is.
+    Raises:
+        ValueError: they are of other parameters.
     """
-    saved, params = stored(folder), _parameters(model, optimizer)
-    places = {name: (n, p) for n, (name, p) in enumerate(params)}
-    tensors: dict[str, Tensor] = {}
-    state: dict[int, dict[str, Tensor]] = {}
-    for full, (shape, dtype) in saved.items():
-        key, _, name = full.partition(".")
-        if name not in places:
+    params = dict(_parameters(model, optimizer))
+    places = {}
+    for full, (shape, dtype) in _shapes(saved).items():
+        _, _, name = full.partition(".")
+        if name not in params:
             raise ValueError(f"the optimizer must have the parameter {name}; it has not")
-        n, p = places[name]
+        p = params[name]
         if shape == p.shape:
-            value = torch.zeros_like(p.detach(), dtype=dtype)
+            places[full] = torch.zeros_like(p.detach(), dtype=dtype)
         elif shape.numel() == 1:
-            value = torch.zeros(shape, dtype=dtype)
+            places[full] = torch.zeros(shape, dtype=dtype)
         else:
             raise ValueError(f"{full} must be {tuple(p.shape)}, as the model; got {tuple(shape)}")
-        tensors[full] = state.setdefault(n, {})[key] = value
-    read(tensors, folder, group)
+    return places
+
+
+def set_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer what it is to remember; its options stay as they are."""
+    numbers = {name: n for n, (name, _) in enumerate(_parameters(model, optimizer))}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full, value in tensors.items():
+        key, _, name = full.partition(".")
+        state.setdefault(numbers[name], {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -116,21 +125,27 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: Any, world: int) -
         raise OSError(_reason(error)) from None
 
 
-def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of each tensor in a folder.
+class _Reader(HuggingFaceStorageReader):
+    """Told what there is: not every rank need open every file to find out."""
+
+    def __init__(self, folder: Path, saved: Metadata) -> None:
+        super().__init__(str(folder))
+        self._saved = saved
+
+    def read_metadata(self) -> Metadata:
+        return self._saved
+
+
+def index(folder: Path) -> Metadata:
+    """Which tensors there are in a folder, and where their slices are.
 
     Raises:
         OSError, SafetensorError: it cannot be read.
     """
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {
-        name: (m.size, m.properties.dtype)
-        for name, m in found.items()
-        if isinstance(m, TensorStorageMetadata)
-    }
+    return HuggingFaceStorageReader(str(folder)).read_metadata()
 
 
-def read(tensors: dict[str, Tensor], folder: Path, group: Any = None) -> None:
+def read(tensors: dict[str, Tensor], folder: Path, saved: Metadata, group: Any = None) -> None:
     """Fill tensors from a folder; with a group, all of its ranks together.
 
     Raises:
@@ -138,31 +153,39 @@ def read(tensors: dict[str, Tensor], folder: Path, group: Any = None) -> None:
     """
     if not tensors:
         return
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = _Reader(folder, saved)
     try:
         load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise OSError(_reason(error)) from None
 
 
-def same(want: Mapping[str, Tensor], folder: Path) -> None:
-    """Check that a folder holds the weights of a model.
+def _shapes(saved: Metadata) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {
+        name: (m.size, m.properties.dtype)
+        for name, m in saved.state_dict_metadata.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
+
+
+def same(want: Mapping[str, Tensor], saved: Metadata) -> dict[str, torch.dtype]:
+    """Check that the weights of a model were saved; their dtypes.
 
     Raises:
-        ValueError: it does not.
+        ValueError: they were not.
     """
-    got = stored(folder)
+    got = _shapes(saved)
     missing, extra = sorted(want.keys() - got.keys()), sorted(got.keys() - want.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has the unknown {extra[0]}"
-        raise ValueError(f"{folder.name} must hold the model's weights; it {what}")
+        raise ValueError(f"it must hold the model's weights; it {what}")
     for name, tensor in want.items():
         shape, dtype = got[name]
         if tensor.shape != shape or not dtype.is_floating_point:
             raise ValueError(
-                f"{folder.name} must hold {name} as {tuple(tensor.shape)}; got {dtype}"
-                f" {tuple(shape)}"
+                f"it must hold {name} as {tuple(tensor.shape)}; got {dtype} {tuple(shape)}"
             )
+    return {name: dtype for name, (_, dtype) in got.items()}
 
 
 def _reason(error: CheckpointException) -> str:

@@ -97,7 +97,7 @@ def export(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
         OSError: out cannot be written.
     """
     model, tokenizer = load(folder)
-    lora.merge(model).save_pretrained(out)
+    model.save_pretrained(out)
     tokenizer.save(Path(out) / TOKENIZER)
 
 

@@ -6,7 +6,9 @@ One process group runs many cases; rank 0 writes to OUT a line of JSON for each,
 
 import json
 import math
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +24,9 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig
 from fastgpt.parallel import Layout, ParallelConfig
 from fastgpt.parallel.order import gathered
+from fastgpt.tokenizer import Tokenizer
+from fastgpt.train import load
+from fastgpt.train.checkpoint import CheckpointConfig, Checkpointer, tensors
 from fastgpt.train.optimizer import OptimConfig
 
 CPU = torch.device("cpu")
@@ -151,6 +156,52 @@ def half(**sizes: int) -> ParallelConfig:
     return ParallelConfig(dp=-1, **sizes)
 
 
+def checkpoints() -> None:
+    """A layout reads what another has written, moments too, and one process the weights."""
+    shared: list[str] = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(shared)
+    sizes: list[dict[str, int]] = [{"tp": 2, "fsdp": 2}, {"tp": 2, "dp": 2}, {"fsdp": 4}, {"dp": 4}]
+    tokenizer = Tokenizer.train(["abc"], 257)
+    config = replace(LLAMA, vocab_size=259)
+    for n, size in enumerate(sizes):
+        layout = Layout.start(ParallelConfig(**{"dp": 1, **size}), CPU)
+        model, opt = optimized(config, layout)
+        saver = Checkpointer(Path(shared[0]) / str(n), CheckpointConfig(asynchronous=False), layout)
+        saver.save(1, model, tokenizer, opt)
+        latest = saver.latest()
+        want = {k: gathered(t) for k, t in tensors.optimizer_tensors(model, opt).items()}
+        want |= {k: gathered(t) for k, t in model.state_dict().items()}
+        alone, _ = load(Path(shared[0]) / str(n))
+        for name, t in alone.state_dict().items():
+            assert torch.equal(t, want[name]), f"{size}: {name}"
+        for other in (sizes[n - 1], sizes[n]):
+            there = Layout.start(ParallelConfig(**{"dp": 1, **other}), CPU)
+            model, opt = optimized(config, there, seed=2)
+            assert latest is not None
+            Checkpointer(Path(shared[0]) / str(n), layout=there).load(latest, model, opt)
+            got = {k: gathered(t) for k, t in tensors.optimizer_tensors(model, opt).items()}
+            got |= {k: gathered(t) for k, t in model.state_dict().items()}
+            assert got.keys() == want.keys()
+            for name, t in want.items():
+                assert torch.equal(got[name], t), f"{size} to {other}: {name}"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(shared[0])
+
+
+def optimized(
+    config: GPTConfig, layout: Layout, seed: int = 1
+) -> tuple[GPT, torch.optim.Optimizer]:
+    """A model after a step that gives each element another moment."""
+    torch.manual_seed(seed)
+    model = layout.parallelize(GPT(config))
+    opt = model.configure_optimizer(1e-2)
+    part = batch(seed, layout.data_rank, layout.data_world)
+    layout.loss(model, part).backward()
+    opt.step()
+    return model, opt
+
+
 def generation() -> None:
     """Logits, with a cache and without, of sequences that no number of ranks divides."""
     sizes: list[dict[str, int]] = [{"dp": 2}, {"fsdp": 2}, {"tp": 2}, {"cp": 2}]
@@ -232,6 +283,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {
     "tp, muon": ((2,), lambda: matches(ParallelConfig(tp=2), optimizer="muon")),
     "tp and fsdp, muon": ((4,), lambda: matches(ParallelConfig(tp=2, fsdp=2), optimizer="muon")),
     "generation": ((2,), generation),
+    "checkpoints": ((4,), checkpoints),
     "cp and dp": ((4,), lambda: matches(ParallelConfig(cp=2))),
     "cp and fsdp": ((4,), lambda: matches(ParallelConfig(cp=2, fsdp=2))),
     "cp and tp": ((4,), lambda: matches(ParallelConfig(cp=2, tp=2), LLAMA)),

@@ -203,6 +203,7 @@ class Checkpointer:
             saved = self._on_first(lambda: tensors.index(folder / MODEL))
             tensors.same(weights, saved)
             tensors.read(weights, folder / MODEL, saved, self._group)
+            tensors.set_model(model, weights)
             if optimizer is not None:
                 saved = self._on_first(lambda: self._optimizer_index(folder))
                 places = tensors.optimizer_places(model, optimizer, saved)

@@ -17,6 +17,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn.parallel import DistributedDataParallel
 
+from fastgpt.config import GPTConfig
+from fastgpt.parallel import order
+from fastgpt.parallel.model import SharedGPT
 from fastgpt.train.checkpoint.folder import one_line
 
 SHARD_BYTES = 2**30  # of a file; writing one takes as much memory again
@@ -42,9 +45,21 @@ def _plain(name: str) -> str:
     return name
 
 
+def _config(model: nn.Module) -> GPTConfig:
+    config = bare(model).config
+    assert isinstance(config, GPTConfig)
+    return config
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict under the names that it has when nothing is wrapped around it."""
     return {_plain(name): t.detach() for name, t in bare(model).state_dict().items()}
+
+
+def set_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model what was read, where the tensors of its state_dict are not its own."""
+    if isinstance(inner := bare(model), SharedGPT):
+        inner.load_state_dict(tensors)
 
 
 def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
@@ -59,12 +74,13 @@ def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tupl
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What the optimizer remembers of each parameter: {"exp_avg.<parameter>": ...}."""
     state = optimizer.state_dict()["state"]
-    return {
+    made = {
         f"{key}.{name}": torch.as_tensor(value).detach()
         for n, (name, _) in enumerate(_parameters(model, optimizer))
         for key, value in state.get(n, {}).items()
         if value is not None
     }
+    return order.saved(made, _config(model))
 
 
 def optimizer_places(
@@ -88,18 +104,21 @@ def optimizer_places(
             places[full] = torch.zeros(shape, dtype=dtype)
         else:
             raise ValueError(f"{full} must be {tuple(p.shape)}, as the model; got {tuple(shape)}")
-    return places
+    return order.saved(places, _config(model))
 
 
 def set_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
     """Give an optimizer what it is to remember; its options stay as they are."""
-    numbers = {name: n for n, (name, _) in enumerate(_parameters(model, optimizer))}
+    numbers = {name: (n, p) for n, (name, p) in enumerate(_parameters(model, optimizer))}
     state: dict[int, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         key, _, name = full.partition(".")
-        state.setdefault(numbers[name], {})[key] = value
+        n, p = numbers[name]
+        if value.shape == p.shape:
+            value = order.placed(value, p, full, _config(model))
+        state.setdefault(n, {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgpt import functional, huggingface, ops, optim
+    from fastgpt.compress import compress
     from fastgpt.generate import generate, stream
     from fastgpt.model import GPT, GPTConfig
     from fastgpt.ops.backend import explain, use
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "GPTConfig",
+    "compress",
     "explain",
     "functional",
     "generate",
@@ -37,8 +39,8 @@ __all__ = [
 _MODULES = ("functional", "huggingface", "ops", "optim")
 _HOMES = {
     "GPT": "model", "GPTConfig": "model", "explain": "ops.backend", "use": "ops.backend",
-    "generate": "generate", "stream": "generate", "patch": "patching", "tune": "tune",
-    "warmup": "warmup",
+    "compress": "compress", "generate": "generate", "stream": "generate", "patch": "patching",
+    "tune": "tune", "warmup": "warmup",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: fastgpt demo, train, generate, tune, bench, lab, plan.
+"""The command line: fastgpt demo, train, compress, generate, tune, bench, lab, plan.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -16,6 +16,7 @@ USAGE = """usage: fastgpt COMMAND ...
 commands:
   demo      train a small GPT on real text in about two minutes, and show what it learned
   train     train a GPT on text files
+  compress  make a model's weights 8 or 4 bits each
   generate  continue a prompt with a trained model
   tune      measure tiles on this machine's GPU, and use the fastest from then on
   bench     time ops and a GPT beside others' ways on this machine
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # replaced by something else
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
     commands = {
-        "demo": _demo, "train": _train, "generate": _generate, "tune": _tune, "bench": _bench,
-        "lab": _lab, "plan": _plan,
+        "demo": _demo, "train": _train, "compress": _compress, "generate": _generate, "tune": _tune,
+        "bench": _bench, "lab": _lab, "plan": _plan,
     }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -166,6 +167,29 @@ def _generate(argv: list[str]) -> int:
         for piece in tokenizer.stream(int(token) for token in tokens):
             print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _compress(argv: list[str]) -> int:
+    parser = _Parser(
+        "fastgpt compress",
+        description="Make a model's weights 8 or 4 bits each, and tell what it saves and costs.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL",
+        help="a checkpoint, a run's folder, or what GPT.from_pretrained takes",
+    )  # fmt: skip
+    parser.add_argument("--to", required=True, help="int8 or int4")
+    parser.add_argument(
+        "--out", metavar="DIR", help="write it here, as what MODEL is; without it only the table"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to predict, best one that was not trained on"
+    )
+    args = parser.parse_args(argv)
+    from fastgpt.compress import command
+
+    command(args.model, args.to, args.out, args.text)
     return 0
 
 

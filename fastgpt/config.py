@@ -6,6 +6,7 @@ from fastgpt.ops.attention_checks import MAX_HEAD_DIM
 from fastgpt.ops.ffn import ACTIVATIONS
 
 VARIANTS = ("gpt2", "llama")
+QUANTIZED = ("int8", "int4")
 
 # block_size, vocab_size, n_layer, n_head, n_embd. GPT-2: table 2 of its report, with the head
 # dimension 64 of its released weights. GPT-3: Brown et al., table 2.1, where n_embd must be
@@ -74,6 +75,7 @@ class GPTConfig:
             feed-forward too, 2 n_embd n_inner operations a token and layer, twice that if gated: a
             ninth, or a seventh, of those that the blocks' weights take in a training step. It is no
             part of the shape: models that differ in it alone are equal.
+        quantized: "int8" or "int4" if the weights are of as many bits, see `fastgpt.compress`.
     """
 
     block_size: int = 1024
@@ -92,6 +94,7 @@ class GPTConfig:
     rope_theta: float = 1e4
     qk_norm: bool = False
     recompute: int = field(default=1, compare=False)
+    quantized: str | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -114,6 +117,11 @@ class GPTConfig:
             )
         if self.recompute not in (0, 1, 2) or isinstance(self.recompute, bool):
             raise ValueError(f"GPTConfig: recompute must be 0, 1 or 2; got {self.recompute!r}")
+        if self.quantized not in (None, *QUANTIZED):
+            raise ValueError(
+                f"GPTConfig: quantized must be None, {' or '.join(QUANTIZED)};"
+                f" got {self.quantized!r}"
+            )
         if self.llama and self.bias:
             raise ValueError('GPTConfig: variant "llama" has no biases; got bias True')
         if not self.llama and (self.qk_norm or self.rope_theta != 1e4):

@@ -151,6 +151,11 @@ class KVCache:
         self._room = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled, the same in every layer
 
+    def room(self, layer: int) -> Tensor:
+        """A layer's keys and values, (2, batch_size, length, n_head, head_dim), not yet filled
+        from position `length` on."""
+        return self._room[layer]
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, T, H, D) to a layer; return all its keys and values as views.
 

@@ -30,6 +30,7 @@ from fastgpt.config import PRESETS, GPTConfig
 from fastgpt.layers import Block, Branch, Documents, KVCache, Turn, lends, new_norm
 from fastgpt.ops import backend
 from fastgpt.optim import AdamW, decay_groups
+from fastgpt.quantized import Int8Embedding, Int8Linear, Quantized, swap
 
 __all__ = ["GPT", "IGNORE", "PRESETS", "GPTConfig"]
 IGNORE = -100  # a target that takes no part in the loss, as in torch's cross_entropy
@@ -54,14 +55,14 @@ class GPT(nn.Module):
     0.02 / sqrt(2 n_layer); biases 0, norms 1. The state_dict has GPT-2's names (wte, wpe, h.0.ln_1,
     ..., ln_f) and no lm_head unless config.tied is False; linear weights are (out, in). The variant
     "llama" has h.0.mlp.gate_proj, up_proj and down_proj, with qk_norm h.0.attn.q_norm and k_norm,
-    and no wpe.
+    and no wpe. What config.quantized makes of the weights, `fastgpt.compress` tells.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = c = config
         assert c.bias is not None and c.activation is not None  # __post_init__ has set them
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wte: nn.Embedding | Int8Embedding = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = None if c.llama else nn.Embedding(c.block_size, c.n_embd)
         self.h = nn.ModuleList(
             Block(
@@ -72,10 +73,14 @@ class GPT(nn.Module):
             for _ in range(c.n_layer)
         )  # fmt: skip
         self.ln_f = new_norm(c.n_embd, c.bias, c.norm_eps, c.llama)
-        self.lm_head = None if c.tied else nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head: nn.Linear | Int8Linear | None = None
+        if not c.tied:
+            self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         # No buffer: it stays float32 in a model of 16 bits, and is real in one built on "meta".
         self._turns = ops.rotary_table(c.block_size, c.head_dim, c.rope_theta) if c.llama else None
         self.reset_parameters()
+        if c.quantized is not None:
+            swap(self, c.quantized)
 
     @classmethod
     def from_pretrained(
@@ -111,8 +116,8 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors as Hugging Face's GPT-2 or Llama has them.
 
         transformers' AutoModelForCausalLM.from_pretrained(folder) loads them, and so does
-        `from_pretrained`, bit for bit. LoRA is merged on the way. Each file is written whole or not
-        at all.
+        `from_pretrained`, bit for bit. LoRA is merged on the way. A quantised model's folder
+        `from_pretrained` alone loads. Each file is written whole or not at all.
 
         Args:
             folder: made if it is not there.
@@ -190,6 +195,12 @@ class GPT(nn.Module):
         on: (B, T, C)."""
         wpe = None if self.wpe is None else self.wpe.weight
         try:
+            if isinstance(self.wte, Int8Embedding):
+                h = self.wte(idx).to(self.dtype)
+                if wpe is not None:
+                    T = idx.shape[1]
+                    h = h + (wpe[start : start + T] if places is None else F.embedding(places, wpe))
+                return F.dropout(h, p) if p else h
             if wpe is None or places is None:
                 start = 0 if wpe is None else start
                 return ops.embedding(idx, self.wte.weight, wpe, start=start, dropout_p=p)
@@ -225,12 +236,21 @@ class GPT(nn.Module):
         return cos[start : start + T], sin[start : start + T]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, or, where these are quantised, of what is computed with them."""
+        return self.ln_f.weight.dtype
+
+    @property
     def output_weight(self) -> Tensor:
         """Of the output layer, (vocab_size, n_embd): wte's where it is tied."""
-        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+        head = self.wte if self.lm_head is None else self.lm_head
+        return head.dequantized(self.dtype) if isinstance(head, Quantized) else head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: hidden output_weight^T, (..., n_embd) -> (..., vocab_size)."""
+        head = self.wte if self.lm_head is None else self.lm_head
+        if isinstance(head, Quantized):
+            return head.product(hidden)
         return F.linear(hidden, self.output_weight)
 
     def forward(
@@ -259,6 +279,8 @@ class GPT(nn.Module):
         hidden = cls.hidden(self, idx, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if targets is None:
             return cls.logits(self, hidden)
+        if self.config.quantized is not None:
+            return self._loss(hidden, targets)
         return ops.linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=IGNORE)
 
     def _check_targets(self, idx: Tensor, targets: Tensor) -> None:
@@ -269,6 +291,16 @@ class GPT(nn.Module):
             )
         if targets.dtype != torch.int64:
             raise TypeError(f"GPT: targets must be int64; got {targets.dtype}")
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Of the logits that the quantised output layer makes, a few rows at a time."""
+        total = torch.zeros((), device=hidden.device)
+        rows = max(1, 2**24 // self.config.vocab_size)
+        flat, at = hidden.flatten(0, 1), targets.flatten()
+        for h, t in zip(flat.split(rows), at.split(rows), strict=True):
+            logits = self.logits(h).float()
+            total = total + F.cross_entropy(logits, t, ignore_index=IGNORE, reduction="sum")
+        return total / (at != IGNORE).sum()
 
     def _check(self, idx: Tensor, start: int, documents: Documents | None) -> None:
         if idx.dtype not in (torch.int64, torch.int32):
@@ -314,7 +346,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """An empty cache for batch_size rows of at most length (block_size) positions."""
-        c, weight = self.config, self.wte.weight
+        c, weight = self.config, self.ln_f.weight
         length = c.block_size if length is None else length
         sizes = (c.n_layer, batch_size, length, c.kv_heads, c.head_dim)
         dtype = weight.dtype
@@ -340,9 +372,10 @@ class GPT(nn.Module):
         Args:
             embeddings: if False, without the token and position embeddings.
         """
-        tables = [e.weight for e in (self.wte, self.wpe) if e is not None]
-        n = sum(p.numel() for p in self.parameters())
-        return n if embeddings else n - sum(w.numel() for w in tables)
+        tables = (self.config.vocab_size, 0 if self.wpe is None else self.config.block_size)
+        quantized = (m.shape for m in self.modules() if isinstance(m, Quantized))
+        n = sum(p.numel() for p in self.parameters()) + sum(N * K for N, K in quantized)
+        return n if embeddings else n - sum(tables) * self.config.n_embd
 
     def flops(self, T: int, training: bool = False) -> int:
         """Those of the matrix products over one sequence of T tokens, see `GPTConfig.flops`."""

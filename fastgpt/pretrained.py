@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def from_pretrained(
         model = GPT(config)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     weights = weights_from(theirs, config, shapes, layout, where)
-    model.load_state_dict({n: t.to(dtype or t.dtype) for n, t in weights.items()}, assign=True)
+    model.load_state_dict(weights, assign=True)
+    if dtype is not None:
+        model.to(dtype)
     for p in model.parameters():
         p.requires_grad_()
     return model.eval()
@@ -64,10 +67,14 @@ def from_pretrained(
 def save_pretrained(model: GPT, folder: str | os.PathLike[str]) -> None:
     """See `GPT.save_pretrained`."""
     folder = Path(folder).expanduser()
-    config = shape_to(model.config)
     ours = {name: t.detach().cpu() for name, t in merged_weights(model).items()}
-    weights = weights_to(ours, model.config)
-    config["dtype"] = str(model.wte.weight.dtype).removeprefix("torch.")
+    if model.config.quantized is None:
+        config, weights = shape_to(model.config), weights_to(ours, model.config)
+    else:  # in no layout but our own
+        config = asdict(model.config) | {"model_type": "fastgpt"}
+        config["tie_word_embeddings"] = config.pop("tied")
+        weights = {f"gpt.{name}": t.contiguous() for name, t in ours.items()}
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".save_pretrained.", dir=folder))
     try:

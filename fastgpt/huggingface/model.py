@@ -46,8 +46,8 @@ class FastGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         n_embd: int = 768, dropout: float = 0.0, bias: bool | None = None,
         activation: str | None = None, variant: str = "gpt2", n_kv_head: int | None = None,
         n_inner: int | None = None, norm_eps: float = 1e-5, rope_theta: float = 1e4,
-        qk_norm: bool = False, recompute: int = 1, tie_word_embeddings: bool = True,
-        use_cache: bool = True, **kwargs: Any,
+        qk_norm: bool = False, recompute: int = 1, quantized: str | None = None,
+        tie_word_embeddings: bool = True, use_cache: bool = True, **kwargs: Any,
     ) -> None:  # fmt: skip
         given = locals()
         self.use_cache, self.tie_word_embeddings = use_cache, tie_word_embeddings
@@ -93,6 +93,11 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def __init__(self, config: FastGPTConfig) -> None:
         super().__init__(config)
+        if config.quantized is not None:
+            raise ValueError(
+                "FastGPTForCausalLM: the weights must not be quantised, fastgpt.generate takes"
+                f" those; got {config.quantized}"
+            )
         config._attn_implementation = "fastgpt"
         self.gpt = GPT(config.gpt())
         self.gradient_checkpointing = False

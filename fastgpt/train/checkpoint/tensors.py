@@ -200,7 +200,7 @@ def same(want: Mapping[str, Tensor], saved: Metadata) -> dict[str, torch.dtype]:
         raise ValueError(f"it must hold the model's weights; it {what}")
     for name, tensor in want.items():
         shape, dtype = got[name]
-        if tensor.shape != shape or not dtype.is_floating_point:
+        if tensor.shape != shape or dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise ValueError(
                 f"it must hold {name} as {tuple(tensor.shape)}; got {dtype} {tuple(shape)}"
             )

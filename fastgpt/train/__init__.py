@@ -1,6 +1,7 @@
 """Training a GPT: configuration, loop, evaluation, checkpoints, logs; on one rank or many."""
 
 from fastgpt.data import DataConfig
+from fastgpt.lora import LoraConfig
 from fastgpt.parallel import ParallelConfig
 from fastgpt.train.captured import CapturedStep
 from fastgpt.train.checkpoint import CheckpointConfig, load
@@ -20,6 +21,7 @@ __all__ = [
     "EvalConfig",
     "Evaluation",
     "LogConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",

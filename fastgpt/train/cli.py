@@ -65,12 +65,14 @@ def _train(argv: list[str]) -> int:
 def _words(argv: list[str]) -> list[str]:
     """The command line as jsonargparse takes it.
 
-    --n-layer is --n_layer, as the other commands write theirs; --data.files takes several words; a
-    switch alone is true, and --resume alone must.
+    --n-layer is --n_layer, as the other commands write theirs; a list, as --data.files, takes
+    several words; a switch alone is true, and --resume alone must.
     """
     from fastgpt.train.config import TrainConfig, flat
 
-    switches = {f"--{k}" for k, v in flat(TrainConfig()).items() if isinstance(v, bool)}
+    default = flat(TrainConfig())
+    switches = {f"--{k}" for k, v in default.items() if isinstance(v, bool)}
+    lists = {f"--{k}" for k, v in default.items() if isinstance(v, list)}
     words: list[str] = []
     at = 0
     while at < len(argv):
@@ -84,8 +86,8 @@ def _words(argv: list[str]) -> list[str]:
         end = at
         while end < len(argv) and not argv[end].startswith("-"):
             end += 1
-        if word == "--data.files" and end > at:
-            word, at = f"--data.files={json.dumps(argv[at:end])}", end
+        if word in lists and end > at:
+            word, at = f"{word}={json.dumps(argv[at:end])}", end
         elif word == "--resume" and end == at:
             word = "--resume=must"
         elif word in switches and end == at:

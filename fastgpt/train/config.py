@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastgpt.data import DataConfig
+from fastgpt.lora import LoraConfig
 from fastgpt.model import GPTConfig
 from fastgpt.parallel import ParallelConfig
 from fastgpt.train.checkpoint import CheckpointConfig
@@ -35,9 +36,12 @@ def _at_least(low: float, group: str, config: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model's shape.
+    """The model's shape, or the weights that a run begins with.
 
     Attributes:
+        init: weights to fine-tune, which give the shape, and the tokenizer unless data has one: a
+            run or a checkpoint, a folder in Hugging Face's layout, a GGUF file, or a name on the
+            Hugging Face Hub. A block_size is then a shorter context than theirs.
         preset: a name that GPTConfig.preset knows; the other fields change it where they are given.
         block_size: the context, in tokens.
         n_layer: blocks.
@@ -46,6 +50,7 @@ class ModelConfig:
         dropout: probability.
     """
 
+    init: str | None = None
     preset: str = "tiny"
     block_size: int | None = None
     n_layer: int | None = None
@@ -54,11 +59,19 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        self.shape(1)
+        if self.init is None:
+            self.shape(1)
+            return
+        for name in ("n_layer", "n_head", "n_embd"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"model: init gives the shape, so {name} must be left out; got {value}"
+                )
 
     def shape(self, vocab_size: int) -> GPTConfig:
         """The model's configuration, for a tokenizer of vocab_size ids."""
-        given = {k: v for k, v in asdict(self).items() if k != "preset" and v is not None}
+        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
+        given = {k: value for k in names if (value := getattr(self, k)) is not None}
         return replace(GPTConfig.preset(self.preset), vocab_size=vocab_size, **given)
 
 
@@ -128,6 +141,7 @@ class TrainConfig:
         eval: when held-out text is predicted.
         checkpoint: when the run is saved.
         log: what is written about it.
+        lora: with a rank, low-rank matrices beside the blocks' frozen linear layers are trained.
         parallel: how many ranks share what, under torchrun.
     """
 
@@ -148,6 +162,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -158,6 +173,8 @@ class TrainConfig:
         for name, known in (("precision", PRECISIONS), ("resume", RESUME)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"train: {name} must be one of {', '.join(known)}; got {value!r}")
+        if self.lora.rank and self.parallel.tp != 1:
+            raise ValueError(f"train: lora needs parallel.tp 1; got {self.parallel.tp}")
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:

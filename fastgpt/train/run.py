@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastgpt import lora
 from fastgpt.data import Corpus, Part, split
 from fastgpt.data import prepare as prepare_corpus
 from fastgpt.model import GPT
@@ -28,6 +30,7 @@ from fastgpt.train import checkpoint
 from fastgpt.train.checkpoint import Checkpointer
 from fastgpt.train.config import TrainConfig, check_same_run, flat, to_yaml
 from fastgpt.train.device import pick_device
+from fastgpt.train.given import given_model, given_tokenizer
 from fastgpt.train.log import Log, require
 from fastgpt.train.loop import Step, Trainer
 
@@ -88,14 +91,17 @@ def prepare(
     Raises:
         ValueError: a part of the text is shorter than the context.
     """
+    given = None if config.model.init is None else _given(config)
     training, held_out = split(documents, config.data.held_out, config.seed)
+    if tokenizer is None and (file := _tokenizer_file(config)) is not None:
+        tokenizer = Tokenizer.load(file)
     if tokenizer is None:
         tokenizer = Tokenizer.train(training, config.data.vocab_size)
     end = [] if tokenizer.eos is None else [tokenizer.eos]
     parts = [
         Part.of([ids + end for ids in tokenizer.encode_all(part)]) for part in (training, held_out)
     ]
-    return _trainer(config, tokenizer, parts[0], parts[1])
+    return _trainer(config, tokenizer, parts[0], parts[1], model=given)
 
 
 def run(trainer: Trainer, out: Path, on_step: Callable[[Step], None] = lambda made: None) -> None:
@@ -150,9 +156,10 @@ def _goes_on(config: TrainConfig, out: Path) -> bool:
 def _begin(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> Trainer:
     absent = next((p for p in (*reversed(out.parents), out) if not p.exists()), None)
     try:
+        given = None if config.model.init is None else ranks.all(lambda: _given(config))
         folder: Path = ranks.first(lambda: _prepared(config, out))
         corpus = ranks.all(lambda: Corpus.open(folder))
-        trainer = _trainer(config, corpus.tokenizer, corpus.train, corpus.held_out, layout)
+        trainer = _trainer(config, corpus.tokenizer, corpus.train, corpus.held_out, layout, given)
     except REFUSALS as error:
         # Shards that are good are kept where the disk was full; of what is refused nothing is.
         keep = isinstance(error, OSError) and (out / DATA).exists()
@@ -165,7 +172,22 @@ def _begin(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> T
 
 def _prepared(config: TrainConfig, out: Path) -> Path:
     open_folder(out)
-    return prepare_corpus(config.data, out / DATA, config.seed).folder
+    file = _tokenizer_file(config)
+    data = replace(config.data, tokenizer=None if file is None else str(file))
+    return prepare_corpus(data, out / DATA, config.seed).folder
+
+
+def _tokenizer_file(config: TrainConfig) -> str | Path | None:
+    """The tokenizer.json that is asked for, by itself or with weights."""
+    if config.data.tokenizer is not None or config.model.init is None:
+        return config.data.tokenizer
+    return given_tokenizer(config.model.init)
+
+
+def _given(config: TrainConfig) -> GPT:
+    """The weights of config.model.init."""
+    c = config.model
+    return given_model(str(c.init), dropout=c.dropout, block_size=c.block_size)
 
 
 def _resume(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> Trainer:
@@ -183,16 +205,23 @@ def _resume(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> 
         return tokenizer, Corpus.open((given or [out / DATA])[0], tokenizer)
 
     tokenizer, corpus = ranks.all(read)
-    trainer = _trainer(config, tokenizer, corpus.train, corpus.held_out, layout)
+    model = None if config.model.init is None else GPT(checkpoint.model_config(folder))
+    trainer = _trainer(config, tokenizer, corpus.train, corpus.held_out, layout, model)
     trainer.restore(saver, folder)
     return trainer
 
 
 def _trainer(
     config: TrainConfig, tokenizer: Tokenizer, train: Part, held_out: Part,
-    layout: Layout | None = None,
+    layout: Layout | None = None, model: GPT | None = None,
 ) -> Trainer:  # fmt: skip
-    shape = config.model.shape(tokenizer.vocab_size)
+    """The trainer of a model, which is drawn if none is given."""
+    shape = config.model.shape(tokenizer.vocab_size) if model is None else model.config
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"model: its vocab_size {shape.vocab_size} must have room for the tokenizer's ids;"
+            f" got {tokenizer.vocab_size}"
+        )
     for name, part in (("training", train), ("held-out", held_out)):
         if config.data.packing == "concat" and len(part) <= shape.block_size:
             raise ValueError(
@@ -200,7 +229,10 @@ def _trainer(
                 f" {shape.block_size} tokens; got {len(part)} tokens"
             )
     torch.manual_seed(config.seed)
-    return Trainer(config, GPT(shape), tokenizer, train, held_out, layout)
+    model = GPT(shape) if model is None else model
+    if config.lora.rank:
+        lora.add(model, config.lora)
+    return Trainer(config, model, tokenizer, train, held_out, layout)
 
 
 class _Ranks:

@@ -14,14 +14,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fastgpt import GPT, GPTConfig
+from fastgpt.ops.attention import AttentionFunction
+from fastgpt.ops.cross_entropy import CrossEntropyFunction
+from fastgpt.ops.layer_norm import LayerNormFunction
+from fastgpt.ops.rms_norm import RMSNormFunction
 from fastgpt.parallel import Layout, ParallelConfig
 from fastgpt.parallel.order import gathered
 from fastgpt.tokenizer import Tokenizer
@@ -228,6 +235,88 @@ def close(got: Tensor, want: Tensor, what: str) -> None:
     assert off < 1e-9, f"{what}: off by {off:.1e}"
 
 
+def rules_of_dtensor() -> None:
+    """Ops of DTensors, forward and backward, keep the shards that they are given."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    def check(apply: Any, inputs: list[Any], places: list[Any], dim: int) -> None:
+        """places: of the inputs that are tensors; the first output is shared by dim."""
+        results = []
+        for spread in (False, True):
+            leaves = [
+                (distribute_tensor(t, mesh, [place]) if spread else t.clone())
+                if isinstance(t, Tensor) else t
+                for t, place in zip(inputs, places, strict=True)
+            ]  # fmt: skip
+            wanted = [t.requires_grad_() for t in leaves if _floats(t)]
+            out = apply(*leaves)
+            outs = out if isinstance(out, tuple) else (out,)
+            outs = tuple(o for o in outs if o.numel())
+            if spread:
+                assert outs[0].placements == (Shard(dim),), f"{apply}: {outs[0].placements}"
+            total = torch.stack([o.sin().sum() for o in outs]).sum()
+            grads = torch.autograd.grad(total, wanted)
+            results.append([gathered(t) for t in (*outs, *grads)])
+        for got, want in zip(*results, strict=True):
+            assert torch.allclose(got, want, atol=1e-5), apply
+
+    R = Replicate()
+    x, h, w, b = draw(4, 6, 8), draw(4, 6, 8), draw(8), draw(8)
+    for dim in (0, 1):
+        s = Shard(dim)
+        norm = [x, h, w, b, 1e-5, 0.0, None, b]
+        check(LayerNormFunction.apply, norm, [s, s, R, R, None, None, None, R], dim)
+        norm = [x, None, w, None, 1e-5, 0.0, None, None]
+        check(LayerNormFunction.apply, norm, [s, None, R, *[None] * 5], dim)
+        norm = [x, h, w, 1e-5, 0.0, None, None]
+        check(RMSNormFunction.apply, norm, [s, s, R, *[None] * 4], dim)
+    q, k, v = draw(4, 6, 4, 8), draw(4, 6, 2, 8), draw(4, 6, 2, 8)
+    for dim in (0, 2):
+        s = Shard(dim)
+        check(AttentionFunction.apply, [q, k, v, 0.3, -1, 0, 0.0, None], [s] * 3 + [None] * 5, dim)
+    target = torch.randint(9, (12,), generator=g)
+    s = Shard(0)
+    rows = [draw(12, 9), target, -100, 0.1, 0.0, 0.0]
+    check(CrossEntropyFunction.apply, rows, [s, s, *[None] * 4], 0)
+
+
+def _floats(t: object) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def seeds() -> None:
+    """Ranks that hold other activations drop out others; the first draws as one process does."""
+    for config, apart in (
+        (ParallelConfig(), True), (ParallelConfig(tp=2), True),
+        (ParallelConfig(tp=2, sequence=False), False),
+    ):  # fmt: skip
+        Layout.start(config, CPU).seed(7)
+        drawn: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(drawn, torch.rand(()).item())
+        torch.manual_seed(7)
+        assert drawn[0] == torch.rand(()).item()
+        assert (drawn[0] != drawn[1]) == apart, config
+
+
+def refused() -> None:
+    """What tp cannot share is said before anything is."""
+    for config, size, message in (
+        (SMALL, 2, ""),
+        (replace(LLAMA, n_kv_head=1), 2, "parallel: tp must divide n_kv_head, 1; got tp 2"),
+        (replace(SMALL, n_inner=33), 2, "parallel: tp must divide n_inner, 33; got tp 2"),
+    ):
+        try:
+            Layout.start(ParallelConfig(tp=size), CPU).parallelize(GPT(config))
+        except ValueError as error:
+            assert str(error) == message, error
+        else:
+            assert not message
+
+
 def ranks_that_disagree() -> None:
     config = ParallelConfig(dp=-1, fsdp=1 + dist.get_rank())
     try:
@@ -287,6 +376,9 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {
     "cp and dp": ((4,), lambda: matches(ParallelConfig(cp=2))),
     "cp and fsdp": ((4,), lambda: matches(ParallelConfig(cp=2, fsdp=2))),
     "cp and tp": ((4,), lambda: matches(ParallelConfig(cp=2, tp=2), LLAMA)),
+    "rules of DTensor": ((2,), rules_of_dtensor),
+    "seeds": ((2,), seeds),
+    "what tp refuses": ((2,), refused),
     "ranks that disagree": ((2,), ranks_that_disagree),
     "sizes that do not multiply": ((2,), sizes_that_do_not_multiply),
 }

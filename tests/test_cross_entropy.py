@@ -55,6 +55,31 @@ def both(op: Any, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Te
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
+def check_columns_apart(device: str) -> None:
+    """The gradient of some of the columns, with the statistics of all: a target among the others is
+    no target to them."""
+    logits, target = inputs(9, 70, device=device)
+    how = (-100, 0.0, 0.0, 0.0)
+    stats = import_module("fastgpt.ops.cross_entropy").forward_op(logits, target, *how)[1]
+    backward = import_module("fastgpt.ops.cross_entropy").backward_op
+    weights = torch.rand(9, device=device)
+    whole = backward(weights, logits, target, stats, *how)
+    for columns in (slice(0, 33), slice(33, 70)):
+        own = torch.where(target == -100, target, target - columns.start)
+        own = torch.where((own < 0) & (own != -100), 70, own)
+        part = backward(weights, logits[:, columns].contiguous(), own, stats, *how)
+        assert torch.allclose(part, whole[:, columns], atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_columns_apart(device: str) -> None:
+    check_columns_apart(device)
+
+
+def test_columns_apart_without_a_kernel() -> None:
+    check_columns_apart("cpu")
+
+
 # ------------------------------------------------------------------ the specification
 
 

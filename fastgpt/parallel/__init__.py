@@ -2,10 +2,13 @@
 
 `layout = Layout.start(ParallelConfig(fsdp=2, tp=4), device)` under torchrun, then
 `layout.parallelize(model)` and `layout.loss(model, batch)`: each layout equals one process within
-rounding.
+rounding. To import this package also teaches DTensor how to share fastgpt's ops, see rules.py.
 """
 
+from fastgpt.parallel import rules
 from fastgpt.parallel.config import ParallelConfig
 from fastgpt.parallel.layout import Layout, rank
 
 __all__ = ["Layout", "ParallelConfig", "rank"]
+
+rules.learn()

@@ -139,10 +139,8 @@ def _chunks(
     """This rank's two chunks of queries, where the keys that each may see end, and their masks."""
     first, last = q.chunk(2, 1)
     c, made = first.shape[1], []
-    for n, (part, chunk) in enumerate(
-        ((first, ranks.rank), (last, 2 * ranks.size - 1 - ranks.rank))
-    ):
-        end = (chunk + 1) * c
+    ends = (ranks.rank + 1) * c, (2 * ranks.size - ranks.rank) * c
+    for n, (part, end) in enumerate(zip((first, last), ends, strict=True)):
         x = Extras(document_ids=None if ids is None else ids[:, :end].contiguous())
         made.append((part, end, None if seed is None else seed + n, x))
     return made

@@ -315,6 +315,12 @@ def refused() -> None:
             assert str(error) == message, error
         else:
             assert not message
+    model = GPT(replace(SMALL, dropout=0.1))
+    layout = Layout.start(ParallelConfig(tp=2), CPU)
+    layout.parallelize(model)
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="with dropout tp must divide the positions, 5; got tp 2"):
+        model(torch.zeros(1, 5, dtype=torch.int64))
 
 
 def ranks_that_disagree() -> None:

@@ -102,6 +102,12 @@ class SharedGPT(GPT):
             T = T // cp.size if cp.split else T
         if tp is not None:
             tp.begin(T)
+            if self.training and self.config.dropout > 0.0 and tp.sequence and not tp.split:
+                # Each rank would drop out others of what all must hold alike; see Layout.seed.
+                raise ValueError(
+                    f"parallel: with dropout tp must divide the positions, {T}; got tp {tp.size};"
+                    " sequence=False takes any"
+                )
         h = super().hidden(idx, cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return h if tp is None else tp.enter(h)
 

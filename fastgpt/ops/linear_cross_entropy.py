@@ -9,21 +9,18 @@ from torch import Tensor
 from fastgpt.ops import backend
 from fastgpt.ops.cross_entropy import (
     How,
-    cap,
     check_how,
     check_range,
     cross_entropy_ref,
     reduce,
-    rows_bwd,
-    rows_fwd,
 )
 from fastgpt.ops.library import define, fake, flops, impl
+from fastgpt.ops.vocabulary import head
 
 # Bytes of logits that may exist at a time. The cost of a small chunk is that dweight, in float32,
 # is read and written for each: with n rows a share of 4 R / (3 n) of the three products' time, R
 # the chip's ratio of matrix rate to memory bandwidth (about 300 FLOP a byte): 10 % at 4096 rows.
 GPU_BUDGET = 2**29
-CPU_BUDGET = 2**26  # here the ratio is ten times less, and a chunk had better stay near the caches
 
 
 def chunk_rows(M: int, V: int, itemsize: int, budget: int) -> int:
@@ -60,7 +57,8 @@ def linear_cross_entropy_ref(
 forward_op = define(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target,"
     " int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType dtype,"
-    " int? chunk, bool[] needs, bool kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " int? chunk, bool[] needs, bool kernel, Tensor? scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 backward_op = define(
     "linear_cross_entropy_bwd(Tensor dloss, Tensor x, Tensor weight, Tensor? bias, Tensor target,"
@@ -69,67 +67,11 @@ backward_op = define(
 )
 
 
-def _both_rows(z: Tensor, target: Tensor, how: How) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch, in few passes: logits (M, V) -> losses (M,), dlogits in z's dtype."""
-    ignore_index, smoothing, z_loss, softcap = how
-    capped = cap(z, softcap)
-    keep = target != ignore_index
-    at = torch.where(keep, target, 0).long()[:, None]
-    d = torch.log_softmax(capped, -1)
-    losses = -d.gather(1, at)[:, 0]
-    if smoothing != 0.0:
-        losses = (1.0 - smoothing) * losses - smoothing * d.mean(-1)
-    d.exp_()
-    if z_loss != 0.0:
-        lse = torch.logsumexp(capped, -1)
-        losses = losses + z_loss * lse.square()
-        d.mul_((1.0 + 2.0 * z_loss * lse)[:, None])
-    if smoothing != 0.0:
-        d.sub_(smoothing / z.shape[1])
-    d.scatter_add_(1, at, torch.full_like(at, smoothing - 1.0, dtype=d.dtype))
-    if softcap != 0.0:
-        d.mul_(1.0 - (capped / softcap).square())
-    d.masked_fill_(~keep[:, None], 0.0)
-    return torch.where(keep, losses, 0.0), d.to(z.dtype)
-
-
-def _plain_chunks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, how: How, chunk: int,
-    needs: list[bool], dloss: Tensor | None, stats: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """losses, stats, dx, dw, db by plain PyTorch; given dloss and stats, gradients from those."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dx = x.new_empty(x.shape if needs[0] else 0, dtype=wide)
-    dw = x.new_zeros(weight.shape if needs[1] else 0, dtype=wide)
-    db = x.new_zeros(len(weight) if needs[2] else 0, dtype=wide)
-    losses, kept = x.new_empty(len(x), dtype=wide), x.new_empty((2, len(x)), dtype=wide)
-    for start in range(0, len(x), chunk):
-        rows = slice(start, min(start + chunk, len(x)))
-        z = F.linear(x[rows], weight, bias)
-        if dloss is not None and stats is not None:
-            dz = rows_bwd(dloss[rows], z, target[rows], stats[:, rows], how).to(z.dtype)
-        elif any(needs):
-            losses[rows], dz = _both_rows(z, target[rows], how)
-        else:
-            losses[rows], kept[:, rows] = rows_fwd(z, target[rows], how)
-            continue
-        if needs[0]:
-            dx[rows] = dz @ weight
-        if needs[1] and dz.dtype == wide:
-            dw.addmm_(dz.T, x[rows])
-        elif needs[1]:
-            dw += dz.T @ x[rows]  # a product of 16 bits is many times as fast as one of 32
-        if needs[2]:
-            db += dz.sum(0, dtype=wide)
-    return losses, kept[:, : 0 if any(needs) else None].clone(), dx, dw, db
-
-
 def _prepared(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """All in the dtype of the products, and the rows of a chunk."""
-    gpu = x.device.type != "cpu"
-    rows = chunk_rows(len(x), len(weight), dtype.itemsize, GPU_BUDGET if gpu else CPU_BUDGET)
+    """For the kernels: all in the dtype of the products, and the rows of a chunk."""
+    rows = chunk_rows(len(x), len(weight), dtype.itemsize, GPU_BUDGET)
     bias = None if bias is None else bias.to(dtype)
     return x.to(dtype), weight.to(dtype), bias, chunk or rows
 
@@ -138,25 +80,30 @@ def _prepared(
 def _linear_cross_entropy_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int,
     label_smoothing: float, z_loss: float, softcap: float, dtype: torch.dtype, chunk: int | None,
-    needs: list[bool], kernel: bool,
+    needs: list[bool], kernel: bool, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x (M, C), in products of dtype -> losses (M,), stats (2, M) unless gradients are needed, and
-    the gradients of the sum of losses: dx (M, C), dw (V, C), db (V,), all in float32."""
+    the gradients of the sum of losses, times scale: dx (M, C), dw (V, C), db (V,), all in float32.
+    """
     how = (ignore_index, label_smoothing, z_loss, softcap)
     with backend.without_autocast(x):
-        x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
-        if kernel and backend.runs_kernel(x):
-            from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_fwd
+        if not (kernel and backend.runs_kernel(x)):
+            return head(x.to(dtype), weight, bias, target, how, chunk, needs, scale=scale)
+        from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_fwd
 
-            return linear_cross_entropy_fwd(x, weight, bias, target, how, rows, needs)
-        return _plain_chunks(x, weight, bias, target, how, rows, needs, None, None)
+        x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
+        made = linear_cross_entropy_fwd(x, weight, bias, target, how, rows, needs)
+        if scale is not None:
+            for grad in made[2:]:
+                grad.mul_(scale)
+        return made
 
 
 @fake("linear_cross_entropy_fwd")
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int,
     label_smoothing: float, z_loss: float, softcap: float, dtype: torch.dtype, chunk: int | None,
-    needs: list[bool], kernel: bool,
+    needs: list[bool], kernel: bool, scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     M, wide = x.shape[0], torch.promote_types(dtype, torch.float32)
     return (
@@ -177,12 +124,12 @@ def _linear_cross_entropy_bwd(
     """The gradients for a dloss (M,) of each row, from logits made again."""
     how = (ignore_index, label_smoothing, z_loss, softcap)
     with backend.without_autocast(x):
-        x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
-        if kernel and backend.runs_kernel(x):
-            from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_bwd
+        if not (kernel and backend.runs_kernel(x)):
+            return head(x.to(dtype), weight, bias, target, how, chunk, needs, dloss, stats)[2:]
+        from fastgpt.kernels.linear_cross_entropy import linear_cross_entropy_bwd
 
-            return linear_cross_entropy_bwd(dloss, x, weight, bias, target, stats, how, rows, needs)
-        return _plain_chunks(x, weight, bias, target, how, rows, needs, dloss, stats)[2:]
+        x, weight, bias, rows = _prepared(x, weight, bias, dtype, chunk)
+        return linear_cross_entropy_bwd(dloss, x, weight, bias, target, stats, how, rows, needs)
 
 
 @fake("linear_cross_entropy_bwd")
@@ -226,8 +173,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         now = needs if reduction != "none" else [False] * 3
+        # A kernel's gradients meet 1 / count in backward, with dloss; here that would be a pass.
+        ctx.scaled = reduction == "mean" and not kernel
+        wide = torch.promote_types(dtype, torch.float32)
+        scale = _one_over_count(target, how[0], wide) if ctx.scaled else None
         losses, stats, dx, dw, db = forward_op(
-            x, weight, bias, target, *how, dtype, chunk, now, kernel
+            x, weight, bias, target, *how, dtype, chunk, now, kernel, scale
         )
         ctx.save_for_backward(x, weight, bias, target, stats, dx, dw, db)
         ctx.how, ctx.reduction, ctx.needs = how, reduction, needs
@@ -262,12 +213,25 @@ def _grads(
         made = backward_op(dloss, x, weight, bias, target, stats, *ctx.how, *ctx.rest)
     else:
         scale = dloss
-        if ctx.reduction == "mean":
-            count = (target != ignore_index).sum()
-            scale = torch.where(count > 0, dloss / count, 0.0)  # no row counts: none has gradient
-        made = [g * scale.view([1] * g.ndim) for g in made]
+        if ctx.reduction == "mean" and not ctx.scaled:
+            scale = dloss * _one_over_count(target, ignore_index, dloss.dtype)
+        if ctx.rest[-1] or not _is_one(scale):  # a kernel's host does not wait for the value
+            made = [g * scale.view([1] * g.ndim) for g in made]
     dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
     return [g.to(dtype) for g, dtype in zip(made, dtypes, strict=True)]
+
+
+def _one_over_count(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """1 / how many targets count; 0 where none does, for none has a gradient."""
+    count = (target != ignore_index).sum()
+    return torch.where(count > 0, count.to(dtype).reciprocal(), 0.0)
+
+
+def _is_one(scale: Tensor) -> bool:
+    """Whether a scale is known to be 1, and can be left out."""
+    if torch.compiler.is_compiling() or type(scale) is not Tensor or scale.device.type != "cpu":
+        return False
+    return float(scale) == 1.0
 
 
 def _check(
@@ -328,7 +292,7 @@ def linear_cross_entropy(
             whose target is neither is NaN, and so are the gradients that it is part of.
         ignore_index, label_smoothing, z_loss, softcap, reduction: see `cross_entropy`.
         chunk: rows of logits that may exist at a time; by default as many as 512 MiB hold on a
-            GPU, 64 MiB on a CPU, in chunks of one size.
+            GPU, in chunks of one size, and 1024 on a CPU.
 
     Returns:
         The loss, a scalar or (...), in float32 (float64 of float64).
@@ -363,6 +327,7 @@ def linear_cross_entropy(
             *backend.traceable(rows, weight, bias, flat), how, reduction, dtype, chunk, kernel
         )
     else:
-        losses = forward_op(rows, weight, bias, flat, *how, dtype, chunk, [False] * 3, kernel)[0]
+        none = [False] * 3
+        losses = forward_op(rows, weight, bias, flat, *how, dtype, chunk, none, kernel, None)[0]
         loss = reduce(losses, flat, ignore_index, reduction)
     return loss.view(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]

@@ -18,10 +18,11 @@ from torch.distributed import ProcessGroup, get_rank, get_world_size
 from fastgpt import ops
 from fastgpt.ops import backend
 from fastgpt.ops.cross_entropy import backward_op, forward_op
-from fastgpt.ops.linear_cross_entropy import CPU_BUDGET, GPU_BUDGET, chunk_rows
+from fastgpt.ops.linear_cross_entropy import GPU_BUDGET, chunk_rows
 from fastgpt.parallel.traffic import gathered, total
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
+CPU_BUDGET = 2**26  # bytes of logits at a time; near the caches
 
 
 def first_row(rows: int, group: ProcessGroup) -> int:

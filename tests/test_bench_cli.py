@@ -128,9 +128,9 @@ def test_a_file_of_another_version_is_one_line(
 ) -> None:
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     result.write(run_of(1.0), a)
-    b.write_text(json.dumps(json.loads(a.read_text()) | {"format": "fastgpt bench 2"}))
+    b.write_text(json.dumps(json.loads(a.read_text()) | {"format": "fastgpt bench 3"}))
     assert cli.main(["bench", "compare", str(a), str(b)]) == 2
-    assert capsys.readouterr().err.endswith("got 'fastgpt bench 2'\n")
+    assert capsys.readouterr().err.endswith("got 'fastgpt bench 3'\n")
 
 
 def test_the_files_of_benchmarks_are_the_command(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastgpt.bench import timing
 from fastgpt.lab.memory import saved_bytes
 
 MODES = ("forward", "backward", "both")
@@ -41,6 +42,9 @@ class Work(Protocol):
     @property
     def modes(self) -> tuple[str, ...]: ...
 
+    def ready(self, provider: str) -> None:
+        """Makes what the provider needs, which is not timed."""
+
     def first(self, provider: str, mode: str) -> Any:
         """A call that leaves everything as it was; the first one compiles."""
 
@@ -49,6 +53,9 @@ class Work(Protocol):
 
     def start(self, provider: str, mode: str) -> Start:
         """Everything up to what is timed; the call that is."""
+
+    def memory(self, provider: str, call: Start) -> tuple[int | None, int | None]:
+        """Bytes that a call adds at its highest; those of its process, if it has one of its own."""
 
     def saved(self, provider: str) -> int | None:
         """Bytes kept for backward."""
@@ -111,6 +118,9 @@ class Case:
             return lambda: torch.autograd.grad(f(**leaves), wrt, dy)
         return lambda: torch.autograd.grad(y, wrt, dy)
 
+    def ready(self, provider: str) -> None:
+        """Nothing: a provider is a function."""
+
     def values(self, provider: str, mode: str) -> dict[str, Tensor]:
         """The output and, but for forward, the gradients, for one incoming gradient."""
         f = self.providers[provider]
@@ -140,6 +150,12 @@ class Case:
             if not off <= most:  # nan is wrong too
                 return f"{name} differ from {self.standard}'s by {off:.2g}, more than {most:.2g}"
         return None
+
+    def memory(self, provider: str, call: Start) -> tuple[int | None, int | None]:
+        device = next(iter(self.inputs.values())).device.type
+        if device != "cuda" and provider.endswith("compiled"):
+            return None, None  # compiled code allocates past the dispatcher
+        return timing.peak_bytes(call, device), None
 
     def saved(self, provider: str) -> int | None:
         """Without the inputs, which are there anyway."""

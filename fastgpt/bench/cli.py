@@ -41,8 +41,9 @@ def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
         help="sizes, as T=128,512 B=4; every combination is timed",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "float16", "bfloat16"),
-        help="float32; bfloat16 on a GPU",
+        "--dtype", nargs="+", choices=("float32", "float16", "bfloat16", "autocast", "int8"),
+        help="float32; bfloat16 on a GPU; autocast, bfloat16 products of float32 weights, is for"
+        " step, int8 weights are for decode",
     )  # fmt: skip
     parser.add_argument(
         "--providers", nargs="+", metavar="NAME", help="only these; - stands for a space"

@@ -7,7 +7,10 @@ from fastgpt.bench.result import TIMED, Row, Run
 from fastgpt.bench.stats import ratio_interval
 
 LEAST = 0.05
-SAME = ("machine", "threads", "torch", "triton", "transformers", "liger-kernel", "cuda")
+SAME = (
+    "machine", "threads", "torch", "triton", "transformers", "liger-kernel", "ctranslate2",
+    "llama-cpp-python", "cuda",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def _times(old: Row, new: Row, least: float) -> Iterator[Moved]:
 
 
 def _bytes(old: Row, new: Row, least: float) -> Iterator[Moved]:
-    for name in ("peak_bytes", "saved_bytes"):
+    for name in ("peak_bytes", "resident_bytes", "saved_bytes"):
         a, b = getattr(old, name), getattr(new, name)
         if a and b is not None and abs(b - a) > least * a:
             what = name.replace("_", " ")

@@ -16,10 +16,11 @@ from fastgpt.bench import timing
 from fastgpt.bench.case import Work
 from fastgpt.bench.result import ABSENT, FAILED, REFUSED, TIMED, Row
 from fastgpt.bench.stats import median_interval, quartiles
+from fastgpt.bench.worker import FAULTS, first_line
 
 SHORT = 1e-3  # seconds: shorter calls are timed several at a time, where the clock is the host's
 MOST_CALLS = 100
-FAULTS = (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError, OSError)
+LONG = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,10 @@ class Setting:
     """What all rows of a run share."""
 
     device: str
-    dtype: torch.dtype
+    precision: str
     rounds: int
     peaks: dict[str, float]
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    part: str = ""
 
 
 class Rounds:
@@ -106,8 +104,11 @@ class Rounds:
         return found
 
     def _row(self, provider: str, state: str, why: str = "") -> Row:
-        work = self.work
-        return Row(work.what, work.sizes, self.setting.dtype_name, self.mode, provider, state, why)
+        work, setting = self.work, self.setting
+        return Row(
+            work.what, work.sizes, setting.precision, self.mode, provider, state, why,
+            part=setting.part,
+        )  # fmt: skip
 
     def _gate(self, provider: str) -> tuple[str, str]:
         if provider in self.work.absent:
@@ -116,6 +117,7 @@ class Rounds:
         if large:
             return FAILED, large
         try:
+            self.work.ready(provider)
             self._first_call[provider] = timing.clock_seconds(
                 lambda: self.work.first(provider, self.mode), self.setting.device
             )
@@ -130,14 +132,13 @@ class Rounds:
         compiles = provider.endswith("compiled")
         if self.mode != "backward":
             self._starts[provider] = work.start(provider, self.mode)
-        self._call(provider)()
         once = timing.clock_seconds(self._call(provider), device)
+        if once < LONG:  # the first may still have made something
+            once = timing.clock_seconds(self._call(provider), device)
         self._calls[provider] = 1
         if device != "cuda" and self.mode != "backward":
             self._calls[provider] = max(1, min(MOST_CALLS, int(SHORT / max(once, 1e-9))))
-        peak = None
-        if device == "cuda" or not compiles:  # compiled code allocates past the dispatcher
-            peak = timing.peak_bytes(self._call(provider), device)
+        peak, resident = work.memory(provider, self._call(provider))
         host = None
         if device == "cuda" and self.mode in ("forward", "both"):
             host = timing.host_seconds(self._call(provider))
@@ -146,8 +147,9 @@ class Rounds:
             saved = work.saved(provider)
         self._rows[provider] = replace(
             self._rows[provider],
-            first_call=self._first_call[provider], host=host, peak_bytes=peak, saved_bytes=saved,
-            flops=counts.get("flops"), bytes=counts.get("bytes"), tokens=counts.get("tokens"),
+            first_call=self._first_call[provider], host=host, peak_bytes=peak,
+            resident_bytes=resident, saved_bytes=saved, flops=counts.get("flops"),
+            bytes=counts.get("bytes"), tokens=counts.get("tokens"),
         )  # fmt: skip
 
     def _call(self, provider: str) -> timing.Call:
@@ -187,11 +189,6 @@ class Rounds:
             row, samples=samples, median=median, low=low, high=high, base=base,
             ratio=statistics.median(pairs), ratio_low=sure[0], ratio_high=sure[1], **rates,
         )  # fmt: skip
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
 def _clear(device: str) -> None:

@@ -1,36 +1,39 @@
 """GPT-2 as a whole: a training step, the reading of a prompt, and writing on from it.
 
-Every provider has the same weights in the same dtype, no dropout, and PyTorch's fused AdamW after
-clipping where it has no optimizer of its own; fastgpt's keeps float32 moments of 16-bit weights,
-where PyTorch's are of 16 bits. Hugging Face's values are the standard, or nanoGPT's
-where only that is here.
+Values are held against Hugging Face's in float32, or nanoGPT's where only that is here. On a CPU
+each provider runs in a process of its own (`worker`), on a GPU all run in this one.
 """
 
-import contextlib
-import gc
-import importlib.util
-import sys
-from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgpt.bench.case import TOLERANCE, Start, relative
-from fastgpt.generate import generate
-from fastgpt.lab.memory import saved_bytes
-from fastgpt.layouts import weights_to
-from fastgpt.model import GPT, GPTConfig
-from fastgpt.optim import AdamW
+from fastgpt.bench import timing
+from fastgpt.bench.case import Start, relative
+from fastgpt.bench.players import (
+    COMPILED,
+    CTRANSLATE2,
+    HUGGING_FACE,
+    LLAMA_CPP,
+    NANOGPT,
+    OURS,
+    WEIGHTS,
+    Player,
+    Role,
+    player,
+    read_nanogpt,
+)
+from fastgpt.bench.worker import Child
+from fastgpt.model import GPT
 
 MODELS = ("step", "prefill", "decode")
-OURS, NANOGPT, HUGGING_FACE = "fastgpt", "nanoGPT", "Hugging Face"
-COMPILED = " compiled"
-LR = 1e-4
+# Of the largest value.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-2, "autocast": 2e-2, "int8": 5e-2}
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "autocast": 4, "int8": 1}  # bytes a weight
 
 
 def sizes(what: str, device: str) -> dict[str, int]:
@@ -41,38 +44,53 @@ def sizes(what: str, device: str) -> dict[str, int]:
     return ({"B": 16, "T": 1024} if device == "cuda" else {"B": 4, "T": 256}) | shape
 
 
+def takes(what: str, precision: str) -> bool:
+    """autocast is for training, int8 for writing."""
+    return {"autocast": what == "step", "int8": what == "decode"}.get(precision, True)
+
+
+def missing(what: str, device: str, precision: str, nanogpt: Path | None) -> dict[str, str]:
+    """Providers that cannot be here, and why."""
+    why = {}
+    if precision == "int8" and not find_spec("fastgpt.quantized"):
+        why[OURS] = "it has no 8-bit weights"
+    if not find_spec("transformers"):
+        why[HUGGING_FACE] = "the package transformers is not installed"
+    elif precision == "int8":
+        why[HUGGING_FACE] = "it has no 8-bit weights of its own for a CPU"
+    if nanogpt is None:
+        why[NANOGPT] = "--nanogpt must say where its model.py is"
+    elif precision == "int8":
+        why[NANOGPT] = "it has no 8-bit weights"
+    if what != "decode":
+        return why | {n + COMPILED: w for n, w in why.items() if n != OURS}
+    for name, packages in {
+        CTRANSLATE2: ("ctranslate2", "transformers"),
+        LLAMA_CPP: ("llama_cpp", "gguf"),
+    }.items():
+        lacks = [package for package in packages if not find_spec(package)]
+        if lacks:
+            why[name] = f"the package {lacks[0]} is not installed"
+        elif device != "cpu":
+            why[name] = "it is timed on a CPU"
+    return why
+
+
 class Model:
     """One of MODELS at one size; see `case.Work`."""
 
     def __init__(
-        self, what: str, device: str, dtype: torch.dtype, sizes: dict[str, int],
+        self, what: str, device: str, precision: str, sizes: dict[str, int],
         nanogpt: Path | None = None,
     ) -> None:  # fmt: skip
-        self.what, self.device, self.dtype, self.sizes = what, device, dtype, sizes
-        length = sizes["T"] + sizes.get("N", 0)
-        config = GPTConfig(length, sizes["V"], sizes["L"], sizes["H"], sizes["C"])
-        self.config = config
-        self.absent: dict[str, str] = {}
-        self._makers: dict[str, Callable[[dict[str, Tensor]], nn.Module]] = {OURS: self._own}
-        if find_spec("transformers"):
-            self._makers[HUGGING_FACE] = self._hugging_face
-        else:
-            self.absent[HUGGING_FACE] = "the package transformers is not installed"
+        self.what, self.device, self.precision, self.sizes = what, device, precision, sizes
+        self.absent = missing(what, device, precision, nanogpt)
+        self._nanogpt = nanogpt
         if nanogpt:
-            self._source = read_nanogpt(nanogpt)
-            self._makers[NANOGPT] = self._nanogpt
-        else:
-            self.absent[NANOGPT] = "--nanogpt must say where its model.py is"
-        if what != "decode":
-            for name in (HUGGING_FACE, NANOGPT):
-                if name in self._makers:
-                    self._makers[name + COMPILED] = self._makers[name]
-                else:
-                    self.absent[name + COMPILED] = self.absent[name]
-        self._idx = torch.randint(sizes["V"], (sizes["B"], sizes["T"] + 1), device=device)
-        self._models: dict[str, nn.Module] = {}
-        self._compiled: dict[str, Any] = {}
-        self._weights: dict[str, Tensor] = {}
+            read_nanogpt(nanogpt)  # to say so before minutes of work
+        self.config = self._role(OURS).config
+        self._players: dict[tuple[str, str], Player] = {}
+        self._values: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     @property
     def name(self) -> str:
@@ -84,235 +102,124 @@ class Model:
 
     @property
     def offers(self) -> tuple[str, ...]:
-        return tuple(self._makers)
+        others = (CTRANSLATE2, LLAMA_CPP)
+        if self.what != "decode":
+            others = (HUGGING_FACE + COMPILED, NANOGPT + COMPILED)
+        return tuple(n for n in (OURS, HUGGING_FACE, NANOGPT, *others) if n not in self.absent)
 
     @property
     def standard(self) -> str | None:
-        return next((n for n in (HUGGING_FACE, NANOGPT) if n in self._makers), None)
+        if find_spec("transformers"):
+            return HUGGING_FACE
+        return NANOGPT if self._nanogpt else None
 
-    @property
     def bytes_needed(self) -> int:
-        """At least: the weights; for a step their gradients and two moments too."""
+        """At least, of any provider: what fastgpt's training step takes on fake tensors, or the
+        weights and the keys and values of all that is read and written."""
         with torch.device("meta"):
             numel = GPT(self.config).num_params()
-        return numel * self.dtype.itemsize * (4 if self.what == "step" else 1)
+        weights = numel * WIDTHS[self.precision]
+        s = self.sizes
+        if self.what != "step":
+            kept = 2 * s["L"] * s["B"] * (s["T"] + s.get("N", 0)) * s["C"]
+            return weights + kept * WEIGHTS[self.precision].itemsize
+        with FakeTensorMode():
+            model = GPT(self.config)
+            idx = torch.zeros(s["B"], s["T"], dtype=torch.int64)
 
-    # Models of one set of weights
+            def step() -> None:
+                model(idx, idx).backward()
 
-    def _model(self, provider: str) -> nn.Module:
-        name = provider.removesuffix(COMPILED)
-        if not self._weights:
-            torch.manual_seed(0)
-            self._weights = {n: t.detach() for n, t in GPT(self.config).state_dict().items()}
-        if provider not in self._models:
-            model = self._makers[name](self._weights).to(self.device, self.dtype)
-            self._models[provider] = model.train(self.what == "step")
-        return self._models[provider]
+            # float32, of which 16-bit tensors are half; two moments come to the gradients
+            made = timing.peak_bytes(step, "cpu") * WEIGHTS[self.precision].itemsize // 4
+        return made + 3 * weights
 
-    def _run(self, provider: str) -> Any:
-        """The model as it is called."""
-        model = self._model(provider)
-        if provider.endswith(COMPILED) and provider not in self._compiled:
-            self._compiled[provider] = torch.compile(model, dynamic=False)
-        return self._compiled.get(provider, model)
-
-    def _own(self, weights: dict[str, Tensor]) -> nn.Module:
-        model = GPT(self.config)
-        model.load_state_dict(weights)
-        return model
-
-    def _hugging_face(self, weights: dict[str, Tensor]) -> nn.Module:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        c = self.config
-        model: nn.Module = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
-                n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
-                attn_pdrop=0.0, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
-            )
+    def _role(self, provider: str, precision: str | None = None) -> Role:
+        return Role(
+            self.what, provider, self.device, precision or self.precision, self.sizes,
+            self._nanogpt,
         )  # fmt: skip
-        model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # its default, but for a warning
-        _load(model, weights_to(weights, c), HUGGING_FACE)
-        return model
 
-    def _nanogpt(self, weights: dict[str, Tensor]) -> nn.Module:
-        c, theirs = self.config, self._source
-        shape = theirs.GPTConfig(
-            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer,
-            n_head=c.n_head, n_embd=c.n_embd, dropout=0.0, bias=True,
-        )  # fmt: skip
-        with contextlib.redirect_stdout(None):  # it prints its size
-            model: nn.Module = theirs.GPT(shape)
-        _load(model, {f"transformer.{n}": t for n, t in weights.items()}, NANOGPT)
-        return model
-
-    def _loss(self, provider: str) -> Callable[[], Tensor]:
-        idx, targets = self._idx[:, :-1].contiguous(), self._idx[:, 1:].contiguous()
-        model: Any = self._model(provider)
-        if provider.startswith(OURS):
-            return lambda: model(idx, targets)
-        run = self._run(provider)
-        if provider.startswith(NANOGPT):
-            return lambda: run(idx, targets)[1]
-        # Its labels are shifted by the model.
-        return lambda: run(idx, labels=idx, shift_labels=targets, use_cache=False).loss
-
-    def _last_logits(self, provider: str) -> Callable[[], Tensor]:
-        idx = self._idx[:, :-1].contiguous()
-        model: Any = self._model(provider)
-        if provider.startswith(OURS):
-
-            def read() -> Tensor:
-                hidden = model.hidden(idx, model.new_cache(len(idx), idx.shape[1]))
-                logits: Tensor = model.logits(hidden[:, -1:])
-                return logits
-
-            return read
-        run = self._run(provider)
-        if provider.startswith(NANOGPT):
-            return lambda: run(idx)[0]
-        return lambda: run(idx, logits_to_keep=1, use_cache=True).logits
-
-    def _written(self, provider: str) -> Callable[[], Tensor]:
-        idx, new = self._idx[:, :-1].contiguous(), self.sizes["N"]
-        model: Any = self._model(provider)
-        if provider.startswith(OURS):
-            return lambda: generate(model, idx, new, temperature=0.0)
-        if provider.startswith(NANOGPT):
-            return lambda: model.generate(idx, new, top_k=1)
-        mask = torch.ones_like(idx)
-        return partial(
-            model.generate, idx, attention_mask=mask, max_new_tokens=new, do_sample=False,
-            pad_token_id=0,
-        )  # fmt: skip
+    def _player(self, provider: str, precision: str | None = None) -> Player:
+        key = provider, precision or self.precision
+        if key not in self._players:
+            role = self._role(*key)
+            self._players[key] = Child(role) if self.device == "cpu" else player(role)
+        return self._players[key]
 
     # What is asked of a `case.Work`
 
+    def ready(self, provider: str) -> None:
+        one = self._player(provider)
+        if isinstance(one, Child):
+            one.ready()
+
     def first(self, provider: str, mode: str) -> Any:
-        if self.what == "step":
-            return self._loss_and_norm(provider)
-        return self.start(provider, mode)()
+        return self._judged(provider, self.precision)
+
+    def _judged(self, provider: str, precision: str) -> dict[str, Tensor]:
+        """The values of a provider, found once."""
+        key = provider, precision
+        if key not in self._values:
+            self._values[key] = self._player(*key).values()
+        return self._values[key]
 
     def wrong(self, provider: str, mode: str) -> str | None:
-        if self.standard is None or provider == self.standard:
+        if self.standard is None or (provider, self.precision) == (self.standard, "float32"):
             return None
-        wide = TOLERANCE[self.dtype]
+        wide = TOLERANCE[self.precision]
+        got = self._judged(provider, self.precision)
         if self.what == "decode":
-            return self._unlikely(provider, wide)
+            return self._unlikely(got["ids"], self._player(self.standard, "float32"), wide)
+        want = self._judged(self.standard, "float32")
         if self.what == "prefill":
-            with torch.no_grad():
-                want, got = (self._last_logits(p)().flatten() for p in (self.standard, provider))
-            offs, wide = {"logits": relative(got, want)}, 2 * wide
-        else:
-            found = [self._loss_and_norm(p) for p in (self.standard, provider)]
-            offs = {n: relative(found[1][n], found[0][n]) for n in found[0]}
-        for name, off in offs.items():
+            wide *= 2
+        for name in want:
+            off = relative(got[name], want[name])
             if not off <= wide:
                 return f"{name} differs from {self.standard}'s by {off:.2g}, more than {wide:.2g}"
         return None
 
-    def _loss_and_norm(self, provider: str) -> dict[str, Tensor]:
-        model = self._model(provider)
-        loss = self._loss(provider)()
-        loss.backward()
-        norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
-        model.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), "the gradient's norm": torch.stack(norms).norm()}
-
-    def _unlikely(self, provider: str, wide: float) -> str | None:
+    def _unlikely(self, ids: Tensor, judge: Player, wide: float) -> str | None:
         """Whether a token was written that the standard finds less likely than its first choice."""
-        assert self.standard is not None
         T = self.sizes["T"]
-        with torch.no_grad():
-            ids = self._written(provider)()
-            if ids.shape != (self.sizes["B"], T + self.sizes["N"]):
-                return f"it wrote ids of the shape {tuple(ids.shape)}"
-            out: Any = self._model(self.standard)
-            if self.standard == NANOGPT:
-                logits = out(ids, ids)[0]
-            else:
-                logits = out(ids).logits
-        logits = logits[:, T - 1 : -1].float()
-        taken = logits.gather(2, ids[:, T:, None])[..., 0]
+        if ids.shape != (self.sizes["B"], T + self.sizes["N"]):
+            return f"it wrote ids of the shape {tuple(ids.shape)}"
+        logits = judge.logits(ids)[:, T - 1 : -1].float()
+        taken = logits.gather(2, ids[:, T:, None].to(logits.device))[..., 0]
         off = float(((logits.amax(2) - taken).max() / logits.abs().max()).item())
         if off <= wide:
             return None
         return f"{self.standard} finds a token it wrote {off:.2g} below the likeliest"
 
     def start(self, provider: str, mode: str) -> Start:
-        if self.what == "prefill":
-            return _without_gradient(self._last_logits(provider))
-        if self.what == "decode":
-            return _without_gradient(self._written(provider))
-        loss = self._loss(provider)
-        params = list(self._model(provider).parameters())
-        own = provider.startswith(OURS)
-        optimizer: torch.optim.Optimizer
-        if own:
-            optimizer = AdamW(params, LR, max_grad_norm=1.0)
-        else:
-            optimizer = torch.optim.AdamW(params, LR, fused=True)
+        judge = self._players.get((self.standard or "", "float32"))
+        if isinstance(judge, Child) and self.precision != "float32":
+            judge.close()  # its memory is for those that are timed
+        return self._player(provider).start()
 
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            loss().backward()
-            if not own:  # which clips by itself
-                nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-
-        return step
+    def memory(self, provider: str, call: Start) -> tuple[int | None, int | None]:
+        one = self._player(provider)
+        if isinstance(one, Child):
+            return one.memory()
+        return timing.peak_bytes(call, self.device), None
 
     def saved(self, provider: str) -> int | None:
-        if self.what != "step" or provider.endswith(COMPILED):
-            return None
-        return saved_bytes(self._loss(provider), self._model(provider).parameters())
+        return self._player(provider).saved()
 
     def counts(self, mode: str) -> dict[str, int]:
-        s, size = self.sizes, self.dtype.itemsize
+        s = self.sizes
         with torch.device("meta"):
             model = GPT(self.config)
         if self.what == "decode":
             # A token reads every weight but the positions'.
-            read = (model.num_params() - self.config.block_size * s["C"]) * size
+            read = (model.num_params() - self.config.block_size * s["C"]) * WIDTHS[self.precision]
             return {"bytes": s["N"] * read, "tokens": s["B"] * s["N"]}
         training = self.what == "step"
         return {"flops": s["B"] * model.flops(s["T"], training), "tokens": s["B"] * s["T"]}
 
     def close(self) -> None:
-        self._models.clear()
-        self._compiled.clear()
-        gc.collect()
-
-
-def _without_gradient(f: Callable[[], Tensor]) -> Start:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return f()
-
-    return run
-
-
-def _load(model: nn.Module, weights: dict[str, Tensor], whose: str) -> None:
-    """Into another library's model; the tied output layer has no entry of its own."""
-    missing, unknown = model.load_state_dict(weights, strict=False)
-    missing = [n for n in missing if n != "lm_head.weight" and not n.endswith(".attn.bias")]
-    if missing or unknown:
-        raise ValueError(f"bench: {whose}'s model must have GPT-2's weights; it has other names")
-
-
-def read_nanogpt(where: Path) -> ModuleType:
-    """nanoGPT's model.py, from the file or its folder."""
-    file = where / "model.py" if where.is_dir() else where
-    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise ValueError(f"bench: --nanogpt must be nanoGPT's folder or its model.py; got {where}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"bench: --nanogpt {where} is not Python; {error}") from None
-    if not (hasattr(module, "GPT") and hasattr(module, "GPTConfig")):
-        raise ValueError(f"bench: --nanogpt {where} must define GPT and GPTConfig; it does not")
-    return module
+        for one in self._players.values():
+            if isinstance(one, Child):
+                one.close()
+        self._players.clear()

@@ -14,9 +14,10 @@ from typing import Any
 
 from fastgpt.lab.files import write_whole
 
-FORMAT = "fastgpt bench 1"
+FORMAT = "fastgpt bench 2"
 PACKAGES = (
-    "triton", "transformers", "liger-kernel", "cut-cross-entropy", "flash-attn", "numpy",
+    "triton", "transformers", "liger-kernel", "cut-cross-entropy", "flash-attn",
+    "ctranslate2", "llama-cpp-python", "numpy",
 )  # fmt: skip
 TIMED, REFUSED, ABSENT, FAILED = "timed", "refused", "absent", "failed"
 
@@ -34,6 +35,9 @@ class Row:
         first_call: seconds of the first call, compilation included.
         host: seconds of the host for a call, launches included; on a GPU.
         peak_bytes: what a call adds at its highest; saved_bytes: what it keeps for backward.
+        resident_bytes: of its process at its highest, if it had one of its own: the interpreter,
+            libraries, weights, all.
+        part: of a suite.
         flops, bytes, tokens: of one call; rates and shares of the machine's peaks follow from them.
     """
 
@@ -55,6 +59,7 @@ class Row:
     first_call: float | None = None
     host: float | None = None
     peak_bytes: int | None = None
+    resident_bytes: int | None = None
     saved_bytes: int | None = None
     flops: int | None = None
     bytes: int | None = None
@@ -64,6 +69,7 @@ class Row:
     tokens_s: float | None = None
     of_gemm: float | None = None
     of_copy: float | None = None
+    part: str = ""
 
     @property
     def case(self) -> str:
@@ -212,6 +218,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             words.append(f"{row.tokens_s:,.0f} tokens/s")
         if row.peak_bytes is not None:
             words.append(f"peak {_size(row.peak_bytes)}")
+        if row.resident_bytes is not None:
+            words.append(f"resident {_size(row.resident_bytes)}")
         if row.saved_bytes is not None:
             words.append(f"saved {_size(row.saved_bytes)}")
         if row.host is not None:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgpt.bench import models, result, timing
+from fastgpt.bench import models, result, start, timing
 from fastgpt.bench.case import MODES, Case, Work
-from fastgpt.bench.measure import FAULTS, Rounds, Setting, first_line
+from fastgpt.bench.measure import Rounds, Setting
 from fastgpt.bench.ops import OPS
+from fastgpt.bench.worker import FAULTS, first_line
 
 DTYPES = {n: getattr(torch, n) for n in ("float32", "float16", "bfloat16")}
+MACHINE = DTYPES | {"autocast": torch.bfloat16, "int8": torch.bfloat16}  # whose peaks are shown
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,21 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Planned:
-    """One computation in one dtype, not yet made."""
+    """One computation in one precision, not yet made.
+
+    Attributes:
+        dtype: of DTYPES; of a model of `players.WEIGHTS`.
+        providers: None is all that the run may try.
+        part: of a suite.
+    """
 
     what: str
     dtype: str
     sizes: dict[str, int]
+    modes: tuple[str, ...] = MODES[:1]
+    rounds: int = 20
+    providers: tuple[str, ...] | None = None
+    part: str = ""
 
     @property
     def module(self) -> ModuleType | None:
@@ -60,7 +72,7 @@ def plan(wanted: Wanted) -> list[Planned]:
     """What will be timed, in this order.
 
     Raises:
-        ValueError: no such op, or none of them has a size that is swept.
+        ValueError: no such op; or none of them has a size that is swept, or takes a precision.
     """
     known = (*OPS, *models.MODELS)
     for what in wanted.what:
@@ -76,13 +88,25 @@ def plan(wanted: Wanted) -> list[Planned]:
             )
     found = []
     for dtype in wanted.dtypes:
-        for what, each in defaults.items():
+        takers = [w for w in defaults if takes(w, dtype)]
+        if not takers:
+            raise ValueError(
+                f"bench: --dtype {dtype} is for {'decode' if dtype == 'int8' else 'step'};"
+                f" got {', '.join(defaults)}"
+            )
+        for what in takers:
+            each = defaults[what]
             swept = {n: values for n, values in wanted.sweep if n in each[0]}
             if swept:
                 product = itertools.product(*swept.values())
                 each = [each[0] | dict(zip(swept, values, strict=True)) for values in product]
-            found += [Planned(what, dtype, sizes) for sizes in each]
+            found += [Planned(what, dtype, sizes, wanted.modes, wanted.rounds) for sizes in each]
     return found
+
+
+def takes(what: str, dtype: str) -> bool:
+    """Whether something can be computed in a precision."""
+    return models.takes(what, dtype) if what in models.MODELS else dtype in DTYPES
 
 
 def _sizes(what: str, device: str) -> list[dict[str, int]]:
@@ -94,10 +118,11 @@ def _sizes(what: str, device: str) -> list[dict[str, int]]:
 def make(planned: Planned, device: str, nanogpt: Path | None = None) -> Work:
     """The computation on a device; its inputs are the same each time."""
     torch.manual_seed(0)
-    dtype = DTYPES[planned.dtype]
+    if planned.what == start.START:
+        return start.Starts()
     if planned.module is None:
-        return models.Model(planned.what, device, dtype, planned.sizes, nanogpt)
-    made: Case = planned.module.case(device, dtype, **planned.sizes)
+        return models.Model(planned.what, device, planned.dtype, planned.sizes, nanogpt)
+    made: Case = planned.module.case(device, DTYPES[planned.dtype], **planned.sizes)
     return made
 
 
@@ -109,25 +134,32 @@ def fake(planned: Planned, device: str = "cpu") -> tuple[FakeTensorMode, Case]:
         return mode, planned.module.case(device, DTYPES[planned.dtype], **planned.sizes)
 
 
-def providers_of(wanted: Wanted, planned: Sequence[Planned]) -> set[str]:
-    """The providers that are asked for; names are taken in any case, - for a space.
+def providers_of(wanted: Wanted, planned: Sequence[Planned]) -> tuple[set[str], list[str]]:
+    """The providers that are asked for, and a line for each that nothing of what is planned has.
+
+    Names are taken in any case, - for a space.
 
     Raises:
-        ValueError: one that none of what is planned has.
+        ValueError: none is known.
     """
     known: dict[str, str] = {}
     for one in {p.what: p for p in planned}.values():
+        if one.what == start.START:
+            known |= {_plain(name): name for name in start.PROVIDERS}
+            continue
         usual = Planned(one.what, one.dtype, _sizes(one.what, wanted.device)[0])
         work = fake(usual)[1] if one.module else make(usual, wanted.device, wanted.nanogpt)
         known |= {_plain(name): name for name in (*work.offers, *work.absent)}
     if wanted.providers is None:
-        return set(known.values())
-    for name in wanted.providers:
-        if _plain(name) not in known:
-            raise ValueError(
-                f"bench: --providers must be of {', '.join(sorted(known))}; got {name!r}"
-            )
-    return {known[_plain(name)] for name in wanted.providers}
+        return set(known.values()), []
+    unknown = [
+        f"bench: --providers must be of {', '.join(sorted(known))}; got {name!r}"
+        for name in wanted.providers
+        if _plain(name) not in known
+    ]
+    if len(unknown) == len(wanted.providers):
+        raise ValueError(unknown[0])
+    return {known[_plain(n)] for n in wanted.providers if _plain(n) in known}, unknown
 
 
 def _plain(name: str) -> str:
@@ -152,10 +184,7 @@ def too_large(planned: Planned, device: str, mode: str) -> Callable[[str], str |
                     need = case.input_bytes + peak
                 except FAULTS:  # an operator that fake tensors lack
                     pass
-        free = timing.free_bytes(device)
-        if need <= free:
-            return None
-        return f"needs at least {need / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
+        return _too_large(need, timing.free_bytes(device))
 
     return asked
 
@@ -163,10 +192,10 @@ def too_large(planned: Planned, device: str, mode: str) -> Callable[[str], str |
 class Session:
     """A run under way. `rows` holds what is measured; it can be stopped at any time."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, planned: Sequence[Planned] | None = None) -> None:
         self.wanted = wanted
-        self.planned = plan(wanted)
-        self.providers = providers_of(wanted, self.planned)
+        self.planned = plan(wanted) if planned is None else list(planned)
+        self.providers, self.unknown = providers_of(wanted, self.planned)
         self.facts = result.facts(wanted.device)
         self.peaks: dict[str, dict[str, float]] = {}
         self.rows: list[result.Row] = []
@@ -181,12 +210,16 @@ class Session:
             say: is told what comes next, `steps` times at most.
         """
         device = self.wanted.device
-        for dtype in self.wanted.dtypes:
+        for dtype in dict.fromkeys(p.dtype for p in self.planned if p.dtype in MACHINE):
             say(f"this machine's peaks, {dtype}")
-            self.peaks[dtype] = timing.peaks(device, DTYPES[dtype])
+            self.peaks[dtype] = timing.peaks(device, MACHINE[dtype])
         for planned in self.planned:
             setting = Setting(
-                device, DTYPES[planned.dtype], self.wanted.rounds, self.peaks[planned.dtype]
+                device,
+                planned.dtype,
+                planned.rounds,
+                self.peaks.get(planned.dtype, {}),
+                planned.part,
             )
             for rounds in self._each(planned, setting):
                 before = len(self.rows)
@@ -200,48 +233,59 @@ class Session:
     @property
     def steps(self) -> int:
         """About how many times `run` says something."""
-        count = len(self.wanted.dtypes)
+        count = len({p.dtype for p in self.planned})
         for planned in self.planned:
-            modes = 1 if planned.module is None else len(self.wanted.modes)
-            count += modes * (2 * len(self.providers) + self.wanted.rounds)
+            modes = 1 if planned.module is None else len(planned.modes)
+            count += modes * (2 * len(self._providers(planned)) + planned.rounds)
         return count
+
+    def _providers(self, planned: Planned) -> set[str]:
+        asked = planned.providers
+        return self.providers if asked is None else self.providers & set(asked)
 
     def _each(self, planned: Planned, setting: Setting) -> Iterator[Rounds]:
         """The rounds of one computation, by mode."""
-        device = self.wanted.device
+        device, providers = self.wanted.device, self._providers(planned)
         try:
             if planned.module is None:
-                model = make(planned, device, self.wanted.nanogpt)
-                assert isinstance(model, models.Model)
-                free = timing.free_bytes
-
-                def large(provider: str) -> str | None:
-                    need, there = model.bytes_needed, free(device)
-                    if need <= there:
-                        return None
-                    return (
-                        f"needs at least {need / 2**30:.1f} GiB; {there / 2**30:.1f} GiB are free"
-                    )
-
-                yield Rounds(model, planned.what, self.providers, setting, large)
-                model.close()
+                yield from self._whole(make(planned, device, self.wanted.nanogpt), setting, planned)
                 return
-            asked = {m: too_large(planned, device, m) for m in self.wanted.modes}
+            asked = {m: too_large(planned, device, m) for m in planned.modes}
             inputs = fake(planned)[1]
             nothing_fits = inputs.input_bytes > timing.free_bytes(device)
             work = inputs if nothing_fits else make(planned, device)
         except FAULTS as error:
-            for mode in self.wanted.modes:
+            for mode in planned.modes:
                 self.rows.append(
                     result.Row(
                         planned.what, planned.sizes, planned.dtype, mode, "every provider",
-                        result.FAILED, first_line(error),
+                        result.FAILED, first_line(error), part=planned.part,
                     )
                 )  # fmt: skip
             return
-        for mode in self.wanted.modes:
+        for mode in planned.modes:
             if mode in work.modes:
-                yield Rounds(work, mode, self.providers, setting, asked[mode])
+                yield Rounds(work, mode, providers, setting, asked[mode])
+
+    def _whole(self, work: Work, setting: Setting, planned: Planned) -> Iterator[Rounds]:
+        """Of a model: its processes end with its rounds."""
+        need = work.bytes_needed() if isinstance(work, models.Model) else 0
+
+        def large(provider: str) -> str | None:
+            there = timing.free_bytes(self.wanted.device)
+            return _too_large(need, there)
+
+        try:
+            yield Rounds(work, work.modes[0], self._providers(planned), setting, large)
+        finally:
+            if isinstance(work, models.Model):
+                work.close()
+
+
+def _too_large(need: int, free: int) -> str | None:
+    if need <= free:
+        return None
+    return f"needs at least {need / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
 
 
 def bench(wanted: Wanted, out: Path, png: Path | None, say: Callable[[str], Any] = print) -> bool:

@@ -26,7 +26,11 @@ setup(
     # fastgpt/kernels. It has no __init__.py: a top-level package `kernels` is Hugging Face's.
     packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels"],
     package_dir={"fastgpt.kernels": "kernels"},
-    package_data={"fastgpt": ["py.typed"], "fastgpt.lab": ["page.html"]},
+    package_data={
+        "fastgpt": ["py.typed"],
+        "fastgpt.lab": ["*.html", "*.css", "*.js"],
+        "fastgpt.bench": ["*.html"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

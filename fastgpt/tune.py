@@ -118,6 +118,24 @@ def tune(
     return found
 
 
+def check(said: str, dtype: torch.dtype, device: str) -> str | None:
+    """Whether an op's kernels are right here with the table's tiles, by the rule for candidates.
+
+    Args:
+        said: "attention" or, with other sizes, "attention:D=128,T=2048".
+
+    Returns:
+        What is off by more than PyTorch allows, None if nothing is.
+
+    Raises:
+        ValueError: no such op or size.
+    """
+    _, task, sizes = _parse(said, device)
+    torch.manual_seed(0)
+    judge = _Judge(task, sizes, dtype, device)
+    return judge.wrong(judge.run())
+
+
 def _gpu(device: str) -> str:
     """The name that tiles measured there go by."""
     if device == "cuda":
@@ -367,6 +385,15 @@ def _write(file: Path, gpu: str, found: list[Tuned]) -> None:
     write_whole(file, json.dumps({"fastgpt tiles": tuning.FORMAT, "sets": sets}, indent=1) + "\n")
     if torch.cuda.is_available():
         tuned.use_measured(tuning.measured_for(sets, torch.cuda.get_device_name()))
+
+
+def measured_row(one: Tuned) -> str:
+    """As a table of kernels/tiles.py would have it, with what speaks for it."""
+    import triton
+
+    basis = f"measured on {_gpu('cuda')}, Triton {triton.__version__}"
+    gain = one.default_seconds / one.seconds
+    return f"{one.function}({one.key}): {_with_basis(one.choice, basis)!r},  # x {gain:.2f}"
 
 
 def _with_basis(tile: Any, basis: str) -> Any:

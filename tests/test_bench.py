@@ -362,8 +362,12 @@ def test_a_plot_is_drawn(sizes: int, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_exponent_is_of_the_power_that_grows() -> None:
-    assert plot.exponent([1, 2, 8], [1, 5, 80]) == pytest.approx(2)
+def test_the_exponent_is_fitted_over_the_larger_half() -> None:
+    x = [1.0, 2, 4, 8, 16]
+    found = stats.fit(x, [100.0, 100, *(3 * n**2 for n in x[2:])])
+    assert found is not None and (found.power, found.scale) == pytest.approx((2, 3))
+    assert stats.fit([1], [1]) is None and stats.fit([1, 2], [0, 1]) is None
+    assert stats.fit([4, 4], [1, 2]) is None
     with_two = [Row("ffn", {"M": m, "C": 4}, "float32", "both", "torch", "timed") for m in (1, 2)]
     assert plot.swept(with_two) == "M" and plot.swept(with_two[:1]) is None
 

@@ -129,8 +129,7 @@ class Case:
                 return {"values": f(**self.inputs)}
         leaves = self._leaves()
         y = f(**leaves)
-        generator = torch.Generator(y.device).manual_seed(0)
-        dy = torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
         grads = torch.autograd.grad(y, list(leaves.values()), dy)
         return {"values": y.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
 

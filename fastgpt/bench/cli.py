@@ -1,4 +1,4 @@
-"""The command `fastgpt bench`, and its second form `fastgpt bench compare`."""
+"""The command `fastgpt bench`, and its forms `fastgpt bench compare` and `fastgpt bench show`."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,14 +13,16 @@ MODELS = ("step", "prefill", "decode")
 
 EPILOG = """providers are used where they are installed, and it is said where not; one whose values
 differ from PyTorch's (a model's from Hugging Face's) is not timed. `fastgpt bench compare A.json
-B.json` says what moved between two runs. Compiled providers find what an earlier run compiled in
-the caches of torch on the disk."""
+B.json` says what moved between two runs, `fastgpt bench show A.json` shows one again.
+Compiled providers find what an earlier run compiled in the caches of torch on the disk."""
 
 
 def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
     """Run the command; return its exit code."""
     if argv and argv[0] == "compare":
         return _compare(argv[1:], kind)
+    if argv and argv[0] == "show":
+        return _show(argv[1:], kind)
     parser = kind(
         prog="fastgpt bench",
         description="Time fastgpt beside others' ways: interleaved, as medians and ratios.",
@@ -48,6 +50,11 @@ def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
     parser.add_argument(
         "--providers", nargs="+", metavar="NAME", help="only these; - stands for a space"
     )
+    parser.add_argument(
+        "--suite", choices=("cpu", "gpu"),
+        help="all that docs/performance.md shows of this CPU, under 10 minutes; or all of"
+        " docs/gpu.md on this GPU: checks, tiles, times, under 20 minutes",
+    )  # fmt: skip
     parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="nanoGPT's folder")
     parser.add_argument("--rounds", type=int, default=20, help="timings of each (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
@@ -56,20 +63,25 @@ def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
         "--out", type=Path, metavar="FILE.json",
         help="results, and FILE.csv beside it; without, bench-DATE-TIME.json",
     )  # fmt: skip
-    parser.add_argument("--png", type=Path, metavar="FILE", help="a plot too; needs matplotlib")
+    _shown(parser)
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise ValueError(f"bench: --rounds must be at least 1; got {args.rounds}")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"bench: --threads must be at least 1; got {args.threads}")
+    if args.suite and (args.what or args.sweep or args.dtype or args.modes or args.device):
+        raise ValueError("bench: --suite says itself what is timed; it takes no OP and no sizes")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"bench: --out must end in .json; got {args.out}")
 
     import torch
 
     from fastgpt.bench.run import Wanted, bench, default_name
+    from fastgpt.bench.show import Shown
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.suite is not None:
+        device = "cpu" if args.suite == "cpu" else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: --device cuda needs a GPU that torch sees; there is none")
     if args.threads is not None:
@@ -84,7 +96,46 @@ def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
         rounds=args.rounds,
         nanogpt=args.nanogpt,
     )
-    return 0 if bench(wanted, args.out or default_name(), args.png) else STOPPED
+    shown = Shown(args.markdown, args.html, args.png)
+    planned = None
+    if args.suite == "cpu":
+        from fastgpt.bench.suite import cpu
+
+        planned = cpu()
+    out = args.out or default_name()
+    if args.suite == "gpu":
+        from fastgpt.bench.gpu import gpu
+
+        return 0 if gpu(wanted, out, shown) else STOPPED
+    return 0 if bench(wanted, out, shown, planned) else STOPPED
+
+
+def _shown(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE.md", help="tables, between two lines of this page"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page that needs no network")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="plots; needs matplotlib")
+
+
+def _show(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
+    parser = kind(prog="fastgpt bench show", description="Show a run again, or as a page.")
+    parser.add_argument("run", type=Path, metavar="A.json")
+    _shown(parser)
+    args = parser.parse_args(argv)
+
+    from fastgpt.bench.result import read, table
+    from fastgpt.bench.show import Shown
+
+    shown = Shown(args.markdown, args.html, args.png)
+    shown.check()
+    run = read(args.run)
+    written = shown.write(run)
+    for line in [] if written else table(run.rows):
+        print(line)
+    if written:
+        print(", ".join(map(str, written)))
+    return 0
 
 
 def _values(word: str) -> tuple[str, tuple[int, ...]]:

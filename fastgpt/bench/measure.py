@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastgpt.bench import timing
-from fastgpt.bench.case import Work
+from fastgpt.bench.case import MODES, Work
 from fastgpt.bench.result import ABSENT, FAILED, REFUSED, TIMED, Row
 from fastgpt.bench.stats import median_interval, quartiles
 from fastgpt.bench.worker import FAULTS, first_line
@@ -142,6 +142,10 @@ class Rounds:
         host = None
         if device == "cuda" and self.mode in ("forward", "both"):
             host = timing.host_seconds(self._call(provider))
+        kernels: int | None = None
+        busy: float | None = None
+        if device == "cuda" and self._whole:
+            kernels, busy = timing.launched(self._call(provider))
         saved = None
         if self.mode != "forward" and not compiles:
             saved = work.saved(provider)
@@ -149,8 +153,13 @@ class Rounds:
             self._rows[provider],
             first_call=self._first_call[provider], host=host, peak_bytes=peak,
             resident_bytes=resident, saved_bytes=saved, flops=counts.get("flops"),
-            bytes=counts.get("bytes"), tokens=counts.get("tokens"),
+            bytes=counts.get("bytes"), tokens=counts.get("tokens"), kernels=kernels, busy=busy,
         )  # fmt: skip
+
+    @property
+    def _whole(self) -> bool:
+        """A model, which is timed with its host."""
+        return self.mode not in MODES
 
     def _call(self, provider: str) -> timing.Call:
         """Ready to be timed; a backward is good for one call, and has its forward behind it."""
@@ -159,14 +168,13 @@ class Rounds:
 
     def _time(self, provider: str) -> float:
         device, call, calls = self.setting.device, self._call(provider), self._calls[provider]
-        whole = self.mode not in ("forward", "backward", "both")  # a model, with its host
 
         def several() -> None:
             for _ in range(calls):
                 call()
 
         step = call if calls == 1 else several
-        return (timing.clock_seconds if whole else timing.seconds)(step, device) / calls
+        return (timing.clock_seconds if self._whole else timing.seconds)(step, device) / calls
 
     def _timed(self, row: Row, base: str) -> Row:
         samples = self._samples[row.provider]

@@ -15,15 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastgpt.bench import timing
 from fastgpt.bench.case import Start, relative
 from fastgpt.bench.players import (
+    CAPTURED,
     COMPILED,
     CTRANSLATE2,
     HUGGING_FACE,
     LLAMA_CPP,
     NANOGPT,
     OURS,
+    PATCHED,
     WEIGHTS,
     Player,
     Role,
+    Torch,
     player,
     read_nanogpt,
 )
@@ -52,7 +55,7 @@ def takes(what: str, precision: str) -> bool:
 def missing(what: str, device: str, precision: str, nanogpt: Path | None) -> dict[str, str]:
     """Providers that cannot be here, and why."""
     why = {}
-    if precision == "int8" and not find_spec("fastgpt.quantized"):
+    if precision == "int8" and not find_spec("fastgpt.compress"):
         why[OURS] = "it has no 8-bit weights"
     if not find_spec("transformers"):
         why[HUGGING_FACE] = "the package transformers is not installed"
@@ -63,7 +66,9 @@ def missing(what: str, device: str, precision: str, nanogpt: Path | None) -> dic
     elif precision == "int8":
         why[NANOGPT] = "it has no 8-bit weights"
     if what != "decode":
-        return why | {n + COMPILED: w for n, w in why.items() if n != OURS}
+        return why | {
+            n + how: w for n, w in why.items() if n != OURS for how in (COMPILED, PATCHED)
+        }
     for name, packages in {
         CTRANSLATE2: ("ctranslate2", "transformers"),
         LLAMA_CPP: ("llama_cpp", "gguf"),
@@ -77,15 +82,20 @@ def missing(what: str, device: str, precision: str, nanogpt: Path | None) -> dic
 
 
 class Model:
-    """One of MODELS at one size; see `case.Work`."""
+    """One of MODELS at one size; see `case.Work`.
+
+    Args:
+        alone: each provider in a process of its own; on a CPU without.
+    """
 
     def __init__(
         self, what: str, device: str, precision: str, sizes: dict[str, int],
-        nanogpt: Path | None = None,
+        nanogpt: Path | None = None, alone: bool | None = None,
     ) -> None:  # fmt: skip
         self.what, self.device, self.precision, self.sizes = what, device, precision, sizes
         self.absent = missing(what, device, precision, nanogpt)
         self._nanogpt = nanogpt
+        self._alone = device == "cpu" if alone is None else alone
         if nanogpt:
             read_nanogpt(nanogpt)  # to say so before minutes of work
         self.config = self._role(OURS).config
@@ -102,9 +112,11 @@ class Model:
 
     @property
     def offers(self) -> tuple[str, ...]:
-        others = (CTRANSLATE2, LLAMA_CPP)
+        others: tuple[str, ...] = (CTRANSLATE2, LLAMA_CPP)
         if self.what != "decode":
             others = (HUGGING_FACE + COMPILED, NANOGPT + COMPILED)
+        if self.what == "step" and self.device == "cuda":
+            others = (OURS + CAPTURED, HUGGING_FACE + PATCHED, *others)
         return tuple(n for n in (OURS, HUGGING_FACE, NANOGPT, *others) if n not in self.absent)
 
     @property
@@ -144,7 +156,7 @@ class Model:
         key = provider, precision or self.precision
         if key not in self._players:
             role = self._role(*key)
-            self._players[key] = Child(role) if self.device == "cpu" else player(role)
+            self._players[key] = Child(role) if self._alone else player(role)
         return self._players[key]
 
     # What is asked of a `case.Work`
@@ -202,7 +214,9 @@ class Model:
         one = self._player(provider)
         if isinstance(one, Child):
             return one.memory()
-        return timing.peak_bytes(call, self.device), None
+        added = timing.peak_bytes(call, self.device)
+        held = one.held() if self.device == "cuda" and isinstance(one, Torch) else 0
+        return added, held + added if held else None
 
     def saved(self, provider: str) -> int | None:
         return self._player(provider).saved()

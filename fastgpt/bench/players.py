@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastgpt.bench import engines
 from fastgpt.bench.case import Start
@@ -27,10 +28,12 @@ from fastgpt.lab.memory import saved_bytes
 from fastgpt.layouts import weights_to
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optim import AdamW
+from fastgpt.patching import patch
+from fastgpt.train.captured import CapturedStep
 
 OURS, NANOGPT, HUGGING_FACE = "fastgpt", "nanoGPT", "Hugging Face"
 CTRANSLATE2, LLAMA_CPP = "CTranslate2", "llama.cpp"
-COMPILED = " compiled"
+COMPILED, CAPTURED, PATCHED = " compiled", " captured", " patched"
 LR = 1e-4
 WEIGHTS = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -126,7 +129,9 @@ class Torch:
 
     def __init__(self, role: Role) -> None:
         self.role = role
-        name = role.provider.removesuffix(COMPILED)
+        name = role.provider
+        for suffix in (COMPILED, CAPTURED, PATCHED):
+            name = name.removesuffix(suffix)
         makers: dict[str, Callable[[], nn.Module]] = {
             OURS: lambda: own(role),
             HUGGING_FACE: lambda: hugging_face(own(role), role.config),
@@ -134,12 +139,16 @@ class Torch:
         }
         model = makers[name]().to(role.device, WEIGHTS[role.precision])
         if role.precision == "int8":
-            import_module("fastgpt.quantized").swap(model, "int8")
+            model = import_module("fastgpt.compress").compress(model, "int8")
         self.model: Any = model.train(role.what == "step")
+        if role.provider.endswith(PATCHED):
+            patch(self.model)
         self._name = name
         self._run: Any = self.model
         if role.provider.endswith(COMPILED):
             self._run = torch.compile(self.model, dynamic=False)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._pool = 0
         self._idx = prompt(role).to(role.device)
 
     def _cast(self) -> AbstractContextManager[Any]:
@@ -213,17 +222,32 @@ class Torch:
         else:
             optimizer = torch.optim.AdamW(params, LR, fused=True)
 
-        def step() -> None:
+        def step() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            self._loss().backward()
+            loss = self._loss()
+            loss.backward()
             if not mine:  # which clips by itself
                 nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
+            return loss.detach()
 
-        return step
+        self._optimizer = optimizer
+        if not self.role.provider.endswith(CAPTURED):
+            return step
+        before = torch.cuda.memory_reserved()
+        graph = CapturedStep(step)
+        self._pool = torch.cuda.memory_reserved() - before
+        return graph
+
+    def held(self) -> int:
+        """Bytes between two steps: weights, moments, and what a graph keeps to itself."""
+        there = [*self.model.parameters(), *self.model.buffers()]
+        if self._optimizer is not None:
+            there += tree_leaves(list(self._optimizer.state.values()))
+        return self._pool + sum(t.nbytes for t in there if isinstance(t, Tensor))
 
     def saved(self) -> int | None:
-        if self.role.what != "step" or self.role.provider.endswith(COMPILED):
+        if self.role.what != "step" or self.role.provider.endswith((COMPILED, CAPTURED)):
             return None
         return saved_bytes(self._loss, self.model.parameters())
 

@@ -1,11 +1,11 @@
 """A PNG of a run: seconds and bytes along what was swept, or bars if nothing was."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgpt.bench.result import TIMED, Row
+from fastgpt.bench.stats import fit
 
 
 def needs_matplotlib() -> None:
@@ -22,17 +22,17 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     """A panel for each op, dtype and mode, and one more for its memory if a size was swept.
 
     Lines have the quartiles as a band, and with three sizes or more the exponent by which they grow
-    along the last two.
+    (`stats.fit`).
     """
     from matplotlib.figure import Figure
 
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.state == TIMED:
-            groups.setdefault((row.what, row.dtype, row.mode), []).append(row)
+            groups.setdefault((row.what, row.dtype, row.mode, row.part), []).append(row)
     panels = []
     for key, each in groups.items():
-        title = ", ".join(key)
+        title = ", ".join(filter(None, key))
         panels.append((title, each, False))
         with_peak = [r for r in each if r.peak_bytes]
         if with_peak and swept(each):
@@ -56,13 +56,10 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 def swept(rows: Sequence[Row]) -> str | None:
     """The size with the most values, if any has more than one."""
     values = {n: len({r.sizes[n] for r in rows}) for n in rows[0].sizes}
+    if not values:
+        return None
     along = max(values, key=lambda n: values[n])
     return along if values[along] > 1 else None
-
-
-def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the power of x that y grows by, between the last two points."""
-    return math.log(y[-1] / y[-2]) / math.log(x[-1] / x[-2])
 
 
 def _bars(axis: Any, rows: list[Row]) -> None:
@@ -86,8 +83,9 @@ def _lines(axis: Any, rows: list[Row], along: str, memory: bool) -> None:
             centre = [(r.peak_bytes or 0) / 2**20 for r in each]
         else:
             centre = [1e3 * (r.median or 0.0) for r in each]
-        if len(x) > 2 and x[-2] > 0:
-            label = f"{label}, {along}^{exponent(x, centre):.2f}"
+        found = fit(x, centre) if len(x) > 2 else None
+        if found:
+            label = f"{label}, {along}^{found.power:.2f}"
         (line,) = axis.plot(x, centre, marker="o", markersize=3, linewidth=1, label=label)
         if not memory:
             lower, upper = ([1e3 * (getattr(r, n) or 0.0) for r in each] for n in ("low", "high"))

@@ -33,10 +33,11 @@ class Row:
         ratio: the median over the rounds of its time to that of `base` in the same round, and
             where it lies, 95 % sure.
         first_call: seconds of the first call, compilation included.
-        host: seconds of the host for a call, launches included; on a GPU.
+        host: seconds of the host for a call, launches included; on a GPU, as kernels, how many it
+            ran in a whole step, and busy, the seconds of them.
         peak_bytes: what a call adds at its highest; saved_bytes: what it keeps for backward.
         resident_bytes: of its process at its highest, if it had one of its own: the interpreter,
-            libraries, weights, all.
+            libraries, weights, all; on a GPU weights, moments, and what a step adds.
         part: of a suite.
         flops, bytes, tokens: of one call; rates and shares of the machine's peaks follow from them.
     """
@@ -58,6 +59,8 @@ class Row:
     ratio_high: float | None = None
     first_call: float | None = None
     host: float | None = None
+    kernels: int | None = None
+    busy: float | None = None
     peak_bytes: int | None = None
     resident_bytes: int | None = None
     saved_bytes: int | None = None
@@ -84,12 +87,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """All rows of a run, and where they come from: facts, and the machine's peaks by dtype."""
+    """All rows of a run, and where they come from: facts, and the machine's peaks by dtype.
+
+    Attributes:
+        notes: what else a suite found, lines under headings.
+    """
 
     facts: dict[str, str]
     peaks: dict[str, dict[str, float]]
     rows: list[Row]
     complete: bool = True
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def facts(device: str) -> dict[str, str]:
@@ -184,7 +192,7 @@ def read(path: Path) -> Run:
         raise ValueError(f"bench: {path} must have the format {FORMAT!r}; got {got!r}")
     try:
         rows = [Row(**row) for row in said["rows"]]
-        return Run(said["facts"], said["peaks"], rows, said["complete"])
+        return Run(said["facts"], said["peaks"], rows, said["complete"], said["notes"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"bench: {path} is not whole; {error}") from None
 

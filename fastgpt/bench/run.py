@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgpt.bench import models, result, start, timing
+from fastgpt.bench import models, result, show, start, timing
 from fastgpt.bench.case import MODES, Case, Work
 from fastgpt.bench.measure import Rounds, Setting
 from fastgpt.bench.ops import OPS
@@ -52,6 +52,7 @@ class Planned:
     Attributes:
         dtype: of DTYPES; of a model of `players.WEIGHTS`.
         providers: None is all that the run may try.
+        alone: see `models.Model`.
         part: of a suite.
     """
 
@@ -62,6 +63,7 @@ class Planned:
     rounds: int = 20
     providers: tuple[str, ...] | None = None
     part: str = ""
+    alone: bool | None = None
 
     @property
     def module(self) -> ModuleType | None:
@@ -121,7 +123,9 @@ def make(planned: Planned, device: str, nanogpt: Path | None = None) -> Work:
     if planned.what == start.START:
         return start.Starts()
     if planned.module is None:
-        return models.Model(planned.what, device, planned.dtype, planned.sizes, nanogpt)
+        return models.Model(
+            planned.what, device, planned.dtype, planned.sizes, nanogpt, planned.alone
+        )
     made: Case = planned.module.case(device, DTYPES[planned.dtype], **planned.sizes)
     return made
 
@@ -192,16 +196,20 @@ def too_large(planned: Planned, device: str, mode: str) -> Callable[[str], str |
 class Session:
     """A run under way. `rows` holds what is measured; it can be stopped at any time."""
 
-    def __init__(self, wanted: Wanted, planned: Sequence[Planned] | None = None) -> None:
+    def __init__(
+        self, wanted: Wanted, planned: Sequence[Planned] | None = None,
+        notes: dict[str, list[str]] | None = None,
+    ) -> None:  # fmt: skip
         self.wanted = wanted
         self.planned = plan(wanted) if planned is None else list(planned)
         self.providers, self.unknown = providers_of(wanted, self.planned)
         self.facts = result.facts(wanted.device)
         self.peaks: dict[str, dict[str, float]] = {}
         self.rows: list[result.Row] = []
+        self.notes = notes or {}
 
     def result(self, complete: bool) -> result.Run:
-        return result.Run(self.facts, self.peaks, self.rows, complete)
+        return result.Run(self.facts, self.peaks, self.rows, complete, self.notes)
 
     def run(self, say: Callable[[str], None], done: Callable[[], None]) -> None:
         """Measure all; done is called after each computation, in each mode.
@@ -288,33 +296,39 @@ def _too_large(need: int, free: int) -> str | None:
     return f"needs at least {need / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
 
 
-def bench(wanted: Wanted, out: Path, png: Path | None, say: Callable[[str], Any] = print) -> bool:
+def bench(
+    wanted: Wanted, out: Path, shown: show.Shown, planned: Sequence[Planned] | None = None,
+    notes: dict[str, list[str]] | None = None, say: Callable[[str], Any] = print,
+) -> bool:  # fmt: skip
     """Measure, print and write; whether it came to its end and was not stopped.
+
+    Args:
+        planned: what to measure, if not what is wanted.
+        notes: what is known besides, for the file.
 
     Raises:
         ValueError, ImportError, OSError: before anything is measured.
     """
-    if png is not None:
-        from fastgpt.bench import plot
-
-        plot.needs_matplotlib()
+    shown.check()
     if not out.parent.is_dir():
         raise ValueError(f"bench: --out must lie in a folder that is there; got {out}")
-    session = Session(wanted)
+    session = Session(wanted, planned, notes or {})
+    for line in session.unknown:
+        say(line)
     for key, value in session.facts.items():
         say(f"{key:14} {value}")
     say("medians (quartiles); ratios of times in one round, and where their median is, 95 % sure")
     bar = _Bar(session.steps)
-    complete, shown = False, 0
-    absent: set[str] = set()
+    complete, told = False, 0
+    absent: set[tuple[str, str]] = set()
 
     def done() -> None:
-        nonlocal shown
-        new = session.rows[shown:]
-        for line in result.table([r for r in new if r.provider not in absent]):
+        nonlocal told
+        new = session.rows[told:]
+        for line in result.table([r for r in new if (r.provider, r.why) not in absent]):
             bar.write(line, say)
-        absent.update(r.provider for r in new if r.state == result.ABSENT)
-        shown = len(session.rows)
+        absent.update((r.provider, r.why) for r in new if r.state == result.ABSENT)
+        told = len(session.rows)
         result.write(session.result(False), out)
 
     try:
@@ -324,15 +338,13 @@ def bench(wanted: Wanted, out: Path, png: Path | None, say: Callable[[str], Any]
         done()
     finally:
         bar.close()
-    for dtype, found in session.peaks.items():
+    for dtype, peaks in session.peaks.items():
         say(
-            f"peaks, {dtype}: product {found['gemm_flops'] / 1e12:.3g} TFLOP/s,"
-            f" copy {found['copy_bytes'] / 1e9:.3g} GB/s"
+            f"peaks, {dtype}: product {peaks['gemm_flops'] / 1e12:.3g} TFLOP/s,"
+            f" copy {peaks['copy_bytes'] / 1e9:.3g} GB/s"
         )
-    written = [out, result.write(session.result(complete), out)]
-    if png is not None:
-        plot.draw(session.rows, png)
-        written.append(png)
+    found = session.result(complete)
+    written = [out, result.write(found, out), *shown.write(found)]
     end = "" if complete else "stopped; what was measured is in "
     say(f"{end}{', '.join(map(str, written))}")
     return complete

@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 SURE = 0.95
 
@@ -48,3 +49,29 @@ def ratio_interval(
     )
     edge = round(draws * (1 - SURE) / 2)
     return ratios[edge], ratios[-1 - edge]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y = scale x^power."""
+
+    scale: float
+    power: float
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> Fit | None:
+    """The power law through the larger half of the points, by least squares of logarithms.
+
+    What does not grow weighs on the smaller half. None of fewer than two points, or if one is 0.
+    """
+    pairs = sorted(zip(x, y, strict=True))
+    pairs = pairs[min(len(pairs) // 2, max(0, len(pairs) - 2)) :]
+    if len(pairs) < 2 or min(min(pair) for pair in pairs) <= 0:
+        return None
+    logs = [(math.log(a), math.log(b)) for a, b in pairs]
+    u, v = (statistics.fmean(column) for column in zip(*logs, strict=True))
+    spread = sum((a - u) ** 2 for a, _ in logs)
+    if not spread:
+        return None
+    power = sum((a - u) * (b - v) for a, b in logs) / spread
+    return Fit(math.exp(v - power * u), power)

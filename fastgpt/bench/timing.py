@@ -60,6 +60,18 @@ def host_seconds(step: Call, calls: int = 50) -> float:
     return min(times)
 
 
+def launched(step: Call) -> tuple[int, float]:
+    """Kernels that a call runs on the GPU, by torch's profiler, and the seconds they take."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in seen.events() or () if "CUDA" in str(e.device_type)]
+    ran = [e for e in events if e.name[:3] != "Mem"]
+    return len(ran), sum(e.device_time for e in ran) / 1e6
+
+
 class Peak(TorchDispatchMode):
     """Follows the bytes of all tensors that operators make inside; `most` is the highest sum.
 

@@ -5,6 +5,7 @@ memory ends alone. The parent says what to do, one word at a time; only one chil
 """
 
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -92,7 +93,8 @@ class Child:
 
         Looked at every two milliseconds: not every kernel keeps a process's highest.
         """
-        end, most = self._open(), 0
+        end = self._open()
+        most = resident(self._process.pid) or 0
         end.send(("call", None))
         while not end.poll(0.002):
             most = max(most, resident(self._process.pid) or 0)
@@ -134,7 +136,7 @@ def _serve(end: Connection, role: Role, threads: int) -> None:
             elif word == "logits":
                 answer = _plain(there.logits(torch.from_numpy(given)))
             elif word == "start":
-                gc.collect()
+                _give_back()
                 before = resident(os.getpid())
                 call = there.start()
             elif word == "call" and call is not None:
@@ -147,6 +149,13 @@ def _serve(end: Connection, role: Role, threads: int) -> None:
             end.send((False, first_line(error)))
         else:
             end.send((True, answer))
+
+
+def _give_back() -> None:
+    """What making the model took beyond it goes back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _plain(tensor: Tensor) -> Any:

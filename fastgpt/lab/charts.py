@@ -142,7 +142,7 @@ def roofline(found: Sequence[Point], chip: Chip) -> Markup:
         start - band, end, math.log10(min(lowest) / 1.6), math.log10(max(peaks.values()) * 1.9)
     )
     lines, labels = _roofs(axes, peaks, slope, chip)
-    parts = [_grid(axes, start), lines]
+    parts = [grid(axes, start, "intensity, FLOP per byte", "TFLOP/s"), lines]
     marks = [
         (number, p, axes.x(p.low or at[id(p)]), p.speed if p.products else p.speed * at[id(p)])
         for number, p in enumerate(found, 1)
@@ -165,15 +165,15 @@ def roofline(found: Sequence[Point], chip: Chip) -> Markup:
     )  # fmt: skip
 
 
-def _grid(axes: Axes, start: float) -> Markup:
-    """Axes, a line at every power of ten, ticks at 2 to 9 times that."""
+def grid(axes: Axes, start: float, across: str, up: str) -> Markup:
+    """Axes and what they say, a line at every power of ten, ticks at 2 to 9 times that."""
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     if axes.x0 < start:
         edge = axes.x(10**start)
         parts += [
-            _line("edge", edge, TOP, edge, bottom),
-            _text("middle", (LEFT + edge) / 2, bottom + 17, "no products"),
+            line("edge", edge, TOP, edge, bottom),
+            text("middle", (LEFT + edge) / 2, bottom + 17, "no products"),
         ]
     for power in range(math.floor(start), math.floor(axes.x1) + 1):
         for value in (n * 10.0**power for n in range(1, 10)):
@@ -182,10 +182,10 @@ def _grid(axes: Axes, start: float) -> Markup:
             x = axes.x(value)
             if value == 10.0**power:
                 parts += [
-                    _line("grid", x, TOP, x, bottom),
-                    _text("middle", x, bottom + 17, f"{value:g}"),
+                    line("grid", x, TOP, x, bottom),
+                    text("middle", x, bottom + 17, f"{value:g}"),
                 ]
-            parts.append(_line("axis", x, bottom, x, bottom + 4))
+            parts.append(line("axis", x, bottom, x, bottom + 4))
     for power in range(math.floor(axes.y0), math.floor(axes.y1) + 1):
         for value in (n * 10.0**power for n in range(1, 10)):
             if not axes.y0 <= math.log10(value) <= axes.y1:
@@ -193,18 +193,16 @@ def _grid(axes: Axes, start: float) -> Markup:
             y = axes.y(value)
             if value == 10.0**power:
                 parts += [
-                    _line("grid", LEFT, y, right, y),
-                    _text("end", LEFT - 8, y + 4, f"{value:g}"),
+                    line("grid", LEFT, y, right, y),
+                    text("end", LEFT - 8, y + 4, f"{value:g}"),
                 ]
-            parts.append(_line("axis", LEFT - 4, y, LEFT, y))
+            parts.append(line("axis", LEFT - 4, y, LEFT, y))
     turned = '<text class="middle title" transform="translate(14 {:.0f}) rotate(-90)">{}</text>'
     parts += [
-        _line("axis", LEFT, bottom, right, bottom),
-        _line("axis", LEFT, TOP, LEFT, bottom),
-        _text(
-            "middle title", (axes.x(10**start) + right) / 2, HEIGHT - 8, "intensity, FLOP per byte"
-        ),
-        Markup(turned).format((TOP + bottom) / 2, "TFLOP/s"),
+        line("axis", LEFT, bottom, right, bottom),
+        line("axis", LEFT, TOP, LEFT, bottom),
+        text("middle title", (axes.x(10**start) + right) / 2, HEIGHT - 8, across),
+        Markup(turned).format((TOP + bottom) / 2, up),
     ]
     return Markup("").join(parts)
 
@@ -212,12 +210,12 @@ def _grid(axes: Axes, start: float) -> Markup:
 def _roofs(axes: Axes, peaks: dict[str, float], slope: float, chip: Chip) -> tuple[Markup, Markup]:
     """The lines, and their labels, which are drawn over the marks."""
     top, right = max(peaks.values()), WIDTH - RIGHT
-    lines = [_line("roof", LEFT, axes.y(slope * 10**axes.x0), axes.x(top / slope), axes.y(top))]
+    lines = [line("roof", LEFT, axes.y(slope * 10**axes.x0), axes.x(top / slope), axes.y(top))]
     labels = []
     for name, peak in peaks.items():
         y = axes.y(peak)
-        lines.append(_line("roof", axes.x(peak / slope), y, right, y))
-        labels.append(_text("end", right - 4, y - 6, f"{peak:,.0f} TFLOP/s, {name} products"))
+        lines.append(line("roof", axes.x(peak / slope), y, right, y))
+        labels.append(text("end", right - 4, y - 6, f"{peak:,.0f} TFLOP/s, {name} products"))
     lean = math.degrees(math.atan2(axes.y(10) - axes.y(1), axes.x(10) - axes.x(1)))
     middle = 10 ** (0.4 * axes.x0 + 0.6 * math.log10(top / slope))
     turned = '<text class="middle" transform="translate({:.1f} {:.1f}) rotate({:.1f})">{}</text>'
@@ -235,10 +233,10 @@ def _mark(
 ) -> Markup:  # fmt: skip
     """A point, its reach, and its number where no other one is."""
     foot = axes.y(speed * point.serial / point.speed)
-    parts = [_line("reach", x, y, x, foot), _line("reach", x - 4, foot, x + 4, foot)]
+    parts = [line("reach", x, y, x, foot), line("reach", x - 4, foot, x + 4, foot)]
     if point.low and point.high:
         end = axes.x(point.high)
-        parts += [_line("reach", x, y, end, y), _line("reach", end, y - 4, end, y + 4)]
+        parts += [line("reach", x, y, end, y), line("reach", end, y - 4, end, y + 4)]
     shape = '<circle cx="{0:.1f}" cy="{1:.1f}" r="4.5"/>'
     if not point.products:
         shape = '<path d="M{0:.1f} {1:.1f}m0-6 6 6-6 6-6-6z"/>'
@@ -253,18 +251,18 @@ def _mark(
     a, b = free[0] if free else (x, y - 14)
     taken.append((a, b))
     if math.hypot(a - x, b - y) > 19:
-        parts.append(_line("leader", x, y, a, b))
-    parts += [Markup(shape).format(x, y), _text("middle number", a, b + 4, str(number))]
+        parts.append(line("leader", x, y, a, b))
+    parts += [Markup(shape).format(x, y), text("middle number", a, b + 4, str(number))]
     row, unit = point.row, "TFLOP/s" if point.products else "TB/s"
     said = f"{number}. {row.kernel}: at most {point.speed:.3g} {unit}, serial {point.serial:.3g}"
     return Markup("<g><title>{}</title>{}</g>").format(said, Markup("").join(parts))
 
 
-def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+def line(name: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
     return Markup(
         '<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>'
     ).format(name, x1, y1, x2, y2)  # fmt: skip
 
 
-def _text(name: str, x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(name, x, y, text)
+def text(name: str, x: float, y: float, said: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(name, x, y, said)

@@ -12,8 +12,13 @@ STEP, DECODE, SCALING = "training step", "decode", "scaling"
 OP, AT_START = "ops", "start"
 PEERS = (OURS, HUGGING_FACE, NANOGPT)
 WRITERS = (OURS, HUGGING_FACE, CTRANSLATE2, LLAMA_CPP)  # nanoGPT has no cache
+# What torch.compile makes takes minutes to make.
+EAGER = (
+    "fastgpt", "torch", "sdpa", "flash", "F.linear_cross_entropy", "torch fused", "torch foreach",
+)  # fmt: skip
 # GPT-2 small's, where an op has several sizes.
-OF_GPT2 = {"attention": 1, "rms_norm": 0, "ffn": 1, "linear_cross_entropy": 1, "adamw": 1}
+OF_GPT2 = {"attention": 1, "ffn": 1, "adamw": 1}
+SMALLER = {"linear_cross_entropy": {"M": 256}}
 CONTEXTS = (64, 256, 1024, 4096, 16384)
 WIDTHS = (128, 256, 512, 1024)
 DEPTHS = (1, 2, 4, 8, 16)
@@ -29,19 +34,20 @@ def cpu(small: bool = False) -> list[Planned]:
     shape = {"L": 1, "H": 2, "C": 32, "V": 64} if small else {}
     step = models.sizes("step", "cpu") | ({"B": 1, "T": 8} | shape if small else {})
     found += [
-        Planned("step", "float32", step, ("step",), 3, PEERS, STEP),
+        Planned("step", "float32", step, ("step",), 2, PEERS, STEP),
         Planned("step", "autocast", step, ("step",), 5, PEERS, STEP),
     ]
-    write = models.sizes("decode", "cpu") | ({"T": 4, "N": 4} | shape if small else {})
+    write = models.sizes("decode", "cpu") | {"N": 32} | ({"T": 4, "N": 4} | shape if small else {})
     for B in (1, 8):
         for precision in ("float32", "bfloat16", "int8"):
             sizes = write | {"B": B}
-            found.append(Planned("decode", precision, sizes, ("decode",), 5, WRITERS, DECODE))
+            found.append(Planned("decode", precision, sizes, ("decode",), 4, WRITERS, DECODE))
     for op, module in OPS.items():
-        sizes = module.sizes("cpu")[OF_GPT2.get(op, 0)]
+        sizes = module.sizes("cpu")[OF_GPT2.get(op, 0)] | SMALLER.get(op, {})
         if small:
             sizes = {n: min(v, 8) for n, v in sizes.items()}
-        found.append(Planned(op, "float32", sizes, ("forward", "both"), 8, part=OP))
+        modes = ("forward",) if op == "adamw" else ("both",)
+        found.append(Planned(op, "float32", sizes, modes, 8, EAGER, OP))
     found += scaling(small)
     return [replace(p, rounds=1, alone=False) for p in found] if small else found
 
@@ -64,6 +70,8 @@ def scaling(small: bool = False) -> list[Planned]:
     for name, values in sweeps.items():
         for value in values:
             sizes = gpt | {name: value}
+            if name == "T" and not small:
+                sizes |= {"L": 1, "C": 128, "H": 2}
             found.append(
                 Planned("step", "float32", sizes, ("step",), 3, (OURS,), f"{SCALING} {name}", False)
             )

@@ -104,7 +104,8 @@ class Peak(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
-    return (t for t in tree_leaves(tree) if isinstance(t, Tensor))
+    """Those with a storage: oneDNN's have none that can be asked."""
+    return (t for t in tree_leaves(tree) if isinstance(t, Tensor) and not t.is_mkldnn)
 
 
 def peak_bytes(step: Call, device: str) -> int:

@@ -55,8 +55,6 @@ def takes(what: str, precision: str) -> bool:
 def missing(what: str, device: str, precision: str, nanogpt: Path | None) -> dict[str, str]:
     """Providers that cannot be here, and why."""
     why = {}
-    if precision == "int8" and not find_spec("fastgpt.compress"):
-        why[OURS] = "it has no 8-bit weights"
     if not find_spec("transformers"):
         why[HUGGING_FACE] = "the package transformers is not installed"
     elif precision == "int8":

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -137,10 +136,12 @@ class Torch:
             HUGGING_FACE: lambda: hugging_face(own(role), role.config),
             NANOGPT: partial(nanogpt, role),
         }
-        model = makers[name]().to(role.device, WEIGHTS[role.precision])
+        model: Any = makers[name]().to(role.device, WEIGHTS[role.precision])
         if role.precision == "int8":
-            model = import_module("fastgpt.compress").compress(model, "int8")
-        self.model: Any = model.train(role.what == "step")
+            from fastgpt.compress import compress
+
+            model = compress(model, "int8")
+        self.model = model.train(role.what == "step")
         if role.provider.endswith(PATCHED):
             patch(self.model)
         self._name = name

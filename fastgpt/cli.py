@@ -1,4 +1,4 @@
-"""The command line: fastgpt demo, train, compress, generate, tune, bench, lab, plan.
+"""The command line: fastgpt demo, train, compress, generate, export, tune, bench, lab, plan.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -18,6 +18,7 @@ commands:
   train     train a GPT on text files
   compress  make a model's weights 8 or 4 bits each
   generate  continue a prompt with a trained model
+  export    write a trained model in Hugging Face's layout
   tune      measure tiles on this machine's GPU, and use the fastest from then on
   bench     time ops and a GPT beside others' ways on this machine
   lab       what a Triton kernel became on each chip, and its faults, with no GPU
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # replaced by something else
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
     commands = {
-        "demo": _demo, "train": _train, "compress": _compress, "generate": _generate, "tune": _tune,
+        "demo": _demo, "train": _train, "compress": _compress, "generate": _generate,
+        "export": _export, "tune": _tune,
         "bench": _bench, "lab": _lab, "plan": _plan,
     }  # fmt: skip
     try:
@@ -190,6 +192,31 @@ def _compress(argv: list[str]) -> int:
     from fastgpt.compress import command
 
     command(args.model, args.to, args.out, args.text)
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = _Parser(
+        "fastgpt export",
+        description="Write a trained model as Hugging Face's libraries read it: model.safetensors,"
+        " config.json and tokenizer.json, with LoRA merged into the weights.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the folder of a run"
+    )
+    parser.add_argument(
+        "--best", action="store_true",
+        help="of a run, that with the lowest held-out loss; else the newest",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    args = parser.parse_args(argv)
+    from fastgpt.train import checkpoint
+
+    source = checkpoint.best(args.checkpoint) if args.best else args.checkpoint
+    if source is None:
+        raise ValueError(f"export: --best needs a run with a held-out loss; got {args.checkpoint}")
+    checkpoint.export(source, args.out)
+    print(f"{args.out}: model.safetensors, config.json, tokenizer.json")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import cli
+from fastgpt import GPT, cli
 from fastgpt.train import DataConfig, ModelConfig, TrainConfig, Trainer, checkpoint, load
 from fastgpt.train.run import prepare
 
@@ -358,6 +358,18 @@ def test_a_broken_checkpoint_is_refused(
     line = refused(capsys, "generate", "--checkpoint", str(checkpoint_copy))
     assert line.startswith("checkpoint: ")
     assert str(checkpoint_copy) in line
+
+
+def test_a_trained_model_is_exported(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "hf"
+    assert cli.main(["export", "--checkpoint", str(run_folder), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: model.safetensors")
+    again, trained = GPT.from_pretrained(out), checkpoint.load(run_folder)[0]
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in again.state_dict().items())
+    line = refused(capsys, "export", "--best", "--checkpoint", str(run_folder), "--out", str(out))
+    assert line == f"export: --best needs a run with a held-out loss; got {run_folder}"
 
 
 def test_a_second_run_does_not_overwrite_the_first(

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from fastgpt.train import (
 )  # fmt: skip
 from fastgpt.train.checkpoint import tensors
 from tests import ranks
+from tests.conftest import ROOT
 
 TEXT = "\n\n".join(f"In year {n} the fox met {n * n} dogs and {n % 7} cats." for n in range(300))
 KILLS = int(os.environ.get("FASTGPT_KILLS", "20"))
@@ -137,3 +140,44 @@ def test_a_run_killed_at_any_moment_is_the_run(
 
 def said(tmp: Path, world: int) -> str:
     return "\n".join((tmp / f"rank-{rank}.txt").read_text() for rank in range(world))
+
+
+def torchrun(out: Path, text: Path, *options: str) -> "subprocess.Popen[str]":
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "-m", "fastgpt.train", "--out", out, "--data.files", text,
+        "--data.vocab_size", "257", "--model.block_size", "8", "--model.n_layer", "1",
+        "--model.n_head", "1", "--model.n_embd", "16", "--batch.rows", "2", "--device", "cpu",
+        "--precision", "float32", "--log.every", "1", "--eval.every", "0", "--resume", "auto",
+        "--parallel.fsdp", "2", *options,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(log: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 120
+    while not log.exists() or log.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_sigterm_to_torchrun_saves_and_leaves(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    endless = ("--steps", "1000000", "--checkpoint.every", "0")
+    process = torchrun(out, tmp_path / "text.txt", *endless)
+    wait_for(out / "log.jsonl", 5, process)
+    process.terminate()
+    text, _ = process.communicate(timeout=60)
+    (at,) = checkpoint.checkpoints(out)
+    assert checkpoint.verify(at) is None, text
+    made = losses(TrainConfig(out=str(out)))
+    assert made[-1][0] == int(at.name.removeprefix("step-")) >= 5
+    assert load(out)[0].config.n_embd == 16

@@ -63,11 +63,12 @@ def train(config: TrainConfig) -> Trainer:
         layout.agree("train", flat(config))
         ranks = _Ranks(layout)
         ranks.first(lambda: require(config.log))
+        saver = None
         if ranks.first(lambda: _goes_on(config, out)):
-            trainer = _resume(config, out, layout, ranks)
+            trainer, saver = _resume(config, out, layout, ranks)
         else:
             trainer = _begin(config, out, layout, ranks)
-        run(trainer, out)
+        run(trainer, out, saver=saver)
         return trainer
     except RuntimeError as error:
         if layout.world > 1 and _is_a_lost_rank(error):
@@ -104,9 +105,16 @@ def prepare(
     return _trainer(config, tokenizer, parts[0], parts[1], model=given)
 
 
-def run(trainer: Trainer, out: Path, on_step: Callable[[Step], None] = lambda made: None) -> None:
-    """Train to the end or to a signal, with a progress bar, a log and checkpoints in out."""
-    saver = Checkpointer(out, trainer.config.checkpoint, trainer.layout)
+def run(
+    trainer: Trainer, out: Path, on_step: Callable[[Step], None] = lambda made: None,
+    saver: Checkpointer | None = None,
+) -> None:  # fmt: skip
+    """Train to the end or to a signal, with a progress bar, a log and checkpoints in out.
+
+    Args:
+        saver: that which a resumed run was loaded by: it knows the damaged ones it passed over.
+    """
+    saver = saver or Checkpointer(out, trainer.config.checkpoint, trainer.layout)
     extra = {"config": flat(trainer.config)}
 
     def save(held_out_loss: float | None) -> None:
@@ -190,7 +198,9 @@ def _given(config: TrainConfig) -> GPT:
     return given_model(str(c.init), dropout=c.dropout, block_size=c.block_size)
 
 
-def _resume(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> Trainer:
+def _resume(
+    config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks"
+) -> tuple[Trainer, Checkpointer]:
     saver = Checkpointer(out, config.checkpoint, layout)
     folder = saver.latest() or checkpoint.find(out)
 
@@ -208,7 +218,7 @@ def _resume(config: TrainConfig, out: Path, layout: Layout, ranks: "_Ranks") -> 
     model = None if config.model.init is None else GPT(checkpoint.model_config(folder))
     trainer = _trainer(config, tokenizer, corpus.train, corpus.held_out, layout, model)
     trainer.restore(saver, folder)
-    return trainer
+    return trainer, saver
 
 
 def _trainer(

@@ -1,10 +1,12 @@
 """What goes wrong with disks and ranks while a checkpoint is written."""
 
+import itertools
 import logging
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,3 +216,41 @@ def saves_again(rank: int, out: Path) -> None:
     saver.load(at, model, optimizer)
     saver.save(2, model, TOKENIZER, optimizer)
     saver.wait()
+
+
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def die_before(n: int, out: Path) -> None:
+    """Have this process killed as it is about to make its n-th change in a folder."""
+    changes = itertools.count(1)
+
+    def change(event: str, args: Any) -> None:
+        if event in CHANGES and str(args[0]).startswith(str(out)) and next(changes) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(change)
+
+
+def test_a_kill_before_any_change_of_the_disk_leaves_a_whole_one(tmp_path: Path) -> None:
+    """Each of them in turn: the second of two saves, the first of which it removes."""
+    model, optimizer = trained("plain", 0)
+    for n in itertools.count(1):
+        out = tmp_path / str(n)
+        saver = Checkpointer(out, CheckpointConfig(keep=1, asynchronous=False))
+        saver.save(1, model, TOKENIZER, optimizer)
+        child = os.fork()
+        if child == 0:
+            die_before(n, out)
+            saver.save(2, model, TOKENIZER, optimizer)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        found = checkpoint.checkpoints(out)
+        assert found, f"none after {n} changes"
+        for at in found:
+            assert checkpoint.verify(at) is None, f"{at.name} is torn after {n} changes"
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert n > 20
+    assert found == [out / "step-00000002"]

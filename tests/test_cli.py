@@ -292,7 +292,7 @@ def test_an_unwritable_folder_is_refused(
     [
         (
             ["fly"],
-            "fastgpt: the command must be one of demo, train, compress, generate, tune, ",
+            "fastgpt: the command must be one of demo, train, compress, generate, export, ",
         ),
         (["demo", "--minutes", "x"], "fastgpt demo: argument --minutes: invalid float value: 'x'"),
         (["demo", "--minutes", "0"], "train: max_seconds must be positive; got 0.0"),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,14 +188,16 @@ def test_what_one_rank_refuses_all_do(config: TrainConfig, tmp_path: Path) -> No
     assert not (tmp_path / "new").exists()
 
 
-def torchrun(*args: str) -> "subprocess.CompletedProcess[str]":
+def torchrun(
+    *args: str, restarts: int = 0, script: Sequence[str] = ("-m", "fastgpt.train")
+) -> "subprocess.CompletedProcess[str]":
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
-        "c10d", "--rdzv-endpoint", "localhost:0", "-m", "fastgpt.train", *args,
+        "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", str(restarts), *script, *args,
     ]  # fmt: skip
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
@@ -211,6 +214,41 @@ def test_torchrun_starts_it(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"done: 4 steps, checkpoint {find(out)}\n"
     assert made.stderr.count("held-out loss") == 1
+
+
+DIES_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from fastgpt.cli import main
+from fastgpt.train import Trainer
+
+step, once = Trainer.step, Path(__file__).with_name("once")
+
+def watched(self):
+    if self.layout.rank == 1 and self.steps_done == 3 and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+
+Trainer.step = watched
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_torchrun_restarts_a_run_whose_rank_died(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    script = tmp_path / "dies.py"
+    script.write_text(DIES_ONCE)
+    options = ["--data.files", str(tmp_path / "a.txt"), *OPTIONS, "--resume", "auto"]
+    options += ["--model.dropout", "0.1", "--log.every", "1", "--checkpoint.every", "2"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    made = torchrun(*options, "--out", str(cut), restarts=1, script=[str(script)])
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "once").exists()
+    assert "train: another rank has gone, so rank 0 ends; --resume auto goes on" in made.stderr
+    assert "Traceback" not in made.stderr
+    assert torchrun(*options, "--out", str(whole)).returncode == 0
+    assert log(cut) == log(whole)
 
 
 @pytest.mark.parametrize(

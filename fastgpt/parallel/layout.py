@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as through_fsdp
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.model import GPT, IGNORE
@@ -82,9 +83,16 @@ class Layout:
             layout.device = torch.device("cuda", _environment("LOCAL_RANK", 0))
             torch.cuda.set_device(layout.device)
         if not dist.is_initialized():
+            timeout = timedelta(seconds=config.timeout)
+            store, rank, _ = next(rendezvous("env://", timeout=timeout))
+            # torchrun keeps the store when it restarts the ranks, and with it their old addresses.
+            attempt = _environment("TORCHELASTIC_RESTART_COUNT", 0)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                timeout=timedelta(seconds=config.timeout),
+                store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+                rank=rank,
+                world_size=world,
+                timeout=timeout,
                 device_id=layout.device if device.type == "cuda" else None,
             )
             layout._owns = True

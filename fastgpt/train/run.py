@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> Trainer:
             trainer = _begin(config, out, layout, ranks)
         run(trainer, out, saver=saver)
         return trainer
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if layout.world > 1 and _is_a_lost_rank(error):
             raise ConnectionError(
                 f"train: another rank has gone, so rank {layout.rank} ends;"
@@ -122,18 +122,21 @@ def run(
 
     try:
         with interrupts() as stop:
-            if not trainer.layout.is_main:
+            if trainer.layout.is_main:
+                with Log(out, trainer) as log:
+
+                    def step(made: Step) -> None:
+                        log.step(made)
+                        on_step(made)
+
+                    trainer.fit(stop, step, log.evaluation, save, log.sample)
+            else:
                 trainer.fit(stop, on_step, save=save)
-                return
-            with Log(out, trainer) as log:
-
-                def step(made: Step) -> None:
-                    log.step(made)
-                    on_step(made)
-
-                trainer.fit(stop, step, log.evaluation, save, log.sample)
-    finally:
-        saver.wait()
+    except BaseException:
+        with suppress(OSError):  # what ended the run is said, not what that did to a save
+            saver.wait()
+        raise
+    saver.wait()
 
 
 def open_folder(out: Path) -> None:
@@ -282,9 +285,9 @@ class _Ranks:
         return value
 
 
-def _is_a_lost_rank(error: RuntimeError) -> bool:
-    """torch has no one class for it: gloo's errors are RuntimeErrors that name its source."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+def _is_a_lost_rank(error: Exception) -> bool:
+    """torch has no one class for it: gloo's errors are RuntimeErrors that name its source file."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
 
 
 @contextmanager

@@ -233,3 +233,15 @@ def test_a_cpu_has_no_peak_but_memory() -> None:
     memory = peak_memory(torch.device("cpu"))
     assert memory is not None
     assert 2**26 < memory < 2**40
+
+
+def test_a_loss_that_alone_is_not_finite_skips_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer()
+    loss = t.layout.loss
+    monkeypatch.setattr(
+        t.layout, "loss", lambda *args: loss(*args) + (math.inf if t.steps_done == 1 else 0.0)
+    )  # a constant: its gradient is finite
+    t.step()
+    before = weights(t)
+    assert t.step().skipped == 1
+    assert same(before, weights(t))

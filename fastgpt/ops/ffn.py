@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import backend
+from fastgpt.ops.cpu_linear import linear
 from fastgpt.ops.library import define, fake, flops, impl
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")
@@ -36,12 +37,12 @@ def ffn_ref(
     recompute: int | bool = True,
 ) -> Tensor:
     """The specification of `ffn`; what is kept for backward is PyTorch's affair here."""
-    up = F.linear(x, w1, b1)
+    up = linear(x, w1, b1)
     if w_gate is None:
         h = activate(up, activation)
     else:
-        h = activate(F.linear(x, w_gate, b_gate), activation) * up
-    return F.linear(h, w2, b2)
+        h = activate(linear(x, w_gate, b_gate), activation) * up
+    return linear(h, w2, b2)
 
 
 forward_op = define(

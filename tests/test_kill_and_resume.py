@@ -109,7 +109,9 @@ def test_a_run_killed_at_any_moment_is_the_run(
         processes = ranks.start(world, tmp_path, life, killed)
         before = lines(killed)
         if rng.random() < 0.2:  # before it has taken up the run, perhaps
-            time.sleep(rng.uniform(0.0, 1.0))
+            end = time.monotonic() + rng.uniform(0.0, 1.0)
+            while time.monotonic() < end and lines(killed) <= before:
+                time.sleep(0.0005)
         else:
             more = int(rng.integers(1, 2 * EVERY + 1))
             while lines(killed) < before + more:

@@ -1,4 +1,4 @@
-"""The command line: fastgpt demo, train, compress, generate, export, tune, bench, lab, plan.
+"""The command line: demo, prepare, train, compress, generate, export, tune, bench, lab, plan.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -15,6 +15,7 @@ USAGE = """usage: fastgpt COMMAND ...
 
 commands:
   demo      train a small GPT on real text in about two minutes, and show what it learned
+  prepare   text, JSONL or a dataset to a corpus of token shards, for many runs
   train     train a GPT on text files
   compress  make a model's weights 8 or 4 bits each
   generate  continue a prompt with a trained model
@@ -44,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # replaced by something else
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
     commands = {
-        "demo": _demo, "train": _train, "compress": _compress, "generate": _generate,
-        "export": _export, "tune": _tune,
-        "bench": _bench, "lab": _lab, "plan": _plan,
+        "demo": _demo, "prepare": _prepare, "train": _train, "compress": _compress,
+        "generate": _generate, "export": _export, "tune": _tune, "bench": _bench, "lab": _lab,
+        "plan": _plan,
     }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -104,6 +105,50 @@ def _demo(argv: list[str]) -> int:
     from fastgpt.demo import demo
 
     return 0 if demo(args.text, args.out, args.minutes, args.prompt, args.seed) else STOPPED
+
+
+def _prepare(argv: list[str]) -> int:
+    from fastgpt.data import DataConfig, prepare
+    from fastgpt.data.config import FORMATS, REPEATS
+
+    parser = _Parser(
+        "fastgpt prepare",
+        description="Divide documents into a training and a held-out part and write them as token"
+        " shards: a corpus, which fastgpt train --data.files CORPUS takes. A preparation that was"
+        " stopped goes on; a finished corpus is never overwritten.",
+    )
+    default = DataConfig()
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSONL, or datasets' names")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus")
+    parser.add_argument(
+        "--held-out-files", nargs="+", default=[], metavar="FILE", help="what to evaluate on"
+    )
+    parser.add_argument("--format", choices=FORMATS, default=default.format)
+    parser.add_argument("--deduplicate", choices=REPEATS, default=default.deduplicate)
+    for name, kind, told in (
+        ("separator", str, "what stands between two documents of a text file; none: a file is one"),
+        ("text_field", str, "where a record keeps its text (%(default)s)"),
+        ("turn", str, "how a message of a chat is written (%(default)r)"),
+        ("tokenizer", str, "a tokenizer.json; without it one is trained on the training part"),
+        ("vocab_size", int, "ids of a tokenizer that is trained (%(default)s)"),
+        ("held_out", float, "share to evaluate on, without --held-out-files (%(default)s)"),
+        ("shard_bytes", int, "text of a shard (%(default)s)"),
+    ):
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=getattr(default, name), help=told
+        )
+    parser.add_argument("--seed", type=int, default=0, help="of the division (%(default)s)")
+    args = vars(parser.parse_args(argv))
+    out, seed = args.pop("out"), args.pop("seed")
+    for name in ("files", "held_out_files"):
+        args[name] = tuple(args[name])
+    corpus = prepare(DataConfig(**args), out, seed)
+    print(
+        f"{corpus.folder}: {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held"
+        f" out, in {corpus.train.documents + corpus.held_out.documents:,} documents;"
+        f" {corpus.told['repeats_dropped']:,} repeats left out; {corpus.vocab_size:,} ids"
+    )
+    return 0
 
 
 def _train(argv: list[str]) -> int:

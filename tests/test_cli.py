@@ -146,7 +146,15 @@ def test_print_config_prints_a_config(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["demo", "--help"], ["train", "-h"], ["generate", "-h"], ["lab", "-h"]]
+    "args",
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["prepare", "-h"],
+        ["train", "-h"],
+        ["generate", "-h"],
+        ["lab", "-h"],
+    ],
 )
 def test_help_helps(args: list[str]) -> None:
     made = command(*args)
@@ -239,7 +247,7 @@ def test_a_refusal_is_one_line_without_a_traceback(tmp_path: Path) -> None:
         (
             b"Too short. " * 20,
             {
-                "demo": "text: its training part must be longer than the context, block_size",
+                "demo": "split: a text must be long enough to hold some of it out; got 220 char",
                 "train": "data: there must be enough to hold some of it out, and to train on; got",
             },
         ),
@@ -292,10 +300,11 @@ def test_an_unwritable_folder_is_refused(
     [
         (
             ["fly"],
-            "fastgpt: the command must be one of demo, train, compress, generate, export, ",
+            "fastgpt: the command must be one of demo, prepare, train, compress, generate, export,",
         ),
         (["demo", "--minutes", "x"], "fastgpt demo: argument --minutes: invalid float value: 'x'"),
         (["demo", "--minutes", "0"], "train: max_seconds must be positive; got 0.0"),
+        (["prepare", "a.txt"], "fastgpt prepare: the following arguments are required: --out"),
         (["demo", "--fast"], "fastgpt demo: unrecognized arguments: --fast"),
         (["train"], "data: files must name at least one; got none"),
         (["train", "--optim.lr", "-1"], "optim: lr must be positive; got -1.0"),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastgpt import cli
 from fastgpt.data import Corpus, DataConfig, Sampler, prepare
 from fastgpt.tokenizer import Tokenizer
 
@@ -86,6 +87,18 @@ def test_records_that_recur(tmp_path: Path, deduplicate: str, kept: int) -> None
     train, held_out = texts(corpus, "train"), texts(corpus, "held_out")
     assert len(train) + len(held_out) == kept
     assert not set(train) & set(held_out)
+
+
+@pytest.mark.parametrize("deduplicate, times", [("auto", 60), ("paragraphs", 1)])
+def test_a_record_stays_whole_unless_its_paragraphs_are_asked_for(
+    tmp_path: Path, deduplicate: str, times: int
+) -> None:
+    footer = "All rights reserved, and some more words than that."
+    records = [{"text": f"{words(9, i)}\n\n{footer}"} for i in range(60)]
+    corpus = made(tmp_path, jsonl_file(tmp_path, records), deduplicate=deduplicate)
+    both = texts(corpus, "train") + texts(corpus, "held_out")
+    assert len(both) == 60 and sum(footer in one for one in both) == times
+    assert all(one == one.strip() for one in both)
 
 
 def test_prompts_are_not_learned_and_stay_together(tmp_path: Path) -> None:
@@ -262,7 +275,9 @@ def test_a_given_tokenizer_makes_the_ids(tmp_path: Path) -> None:
     assert corpus.vocab_size == given.vocab_size
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no manifest", "half"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "missing", "flipped", "header", "no manifest", "half"]
+)
 def test_a_damaged_shard_is_found(tmp_path: Path, damage: str) -> None:
     corpus = made(tmp_path, text_file(tmp_path))
     shard = corpus.folder / "train-00000.tokens.npy"
@@ -278,6 +293,9 @@ def test_a_damaged_shard_is_found(tmp_path: Path, damage: str) -> None:
         data[-1] ^= 1
         shard.write_bytes(data)
         message = r"tokens\.npy is broken: its bytes changed since it was written"
+    elif damage == "header":
+        shard.write_bytes(b"?" * len(data))
+        message = r"tokens\.npy is broken; prepare the corpus anew"
     elif damage == "half":
         manifest = shard.parent / "shards.json"
         manifest.write_text(manifest.read_text()[:100])
@@ -286,7 +304,7 @@ def test_a_damaged_shard_is_found(tmp_path: Path, damage: str) -> None:
         (shard.parent / "shards.json").unlink()
         message = "holds no finished corpus"
     with pytest.raises(ValueError, match=message):
-        Corpus.open(shard.parent, verify=True)
+        Corpus.open(shard.parent, verify=damage == "flipped")
 
 
 def test_shards_are_read_as_one(tmp_path: Path) -> None:
@@ -390,3 +408,19 @@ def test_a_prepared_corpus_is_sampled(tmp_path: Path) -> None:
     assert corpus.tokenizer.decode(sampler(0).idx[0].tolist()) in Path(
         tmp_path / "a.txt"
     ).read_text() + "".join(texts(corpus, "train"))
+
+
+def test_a_corpus_made_by_command_trains_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": f"Say {i}:", "completion": f" it is {i}."} for i in range(200)]
+    made = ["prepare", jsonl_file(tmp_path, records), "--out", str(tmp_path / "corpus")]
+    assert cli.main([*made, "--vocab-size", "300", "--held-out", "0.2"]) == 0
+    assert "held out, in 200 documents; 0 repeats left out" in capsys.readouterr().out
+    run = ["train", "--data.files", str(tmp_path / "corpus"), "--data.packing", "documents"]
+    shape = ["--model.block_size", "32", "--model.n_layer", "1", "--model.n_head", "1"]
+    size = ["--model.n_embd", "8", "--batch.rows", "2", "--steps", "2", "--device", "cpu"]
+    assert cli.main([*run, *shape, *size, "--out", str(tmp_path / "run")]) == 0
+    assert "done: 2 steps" in capsys.readouterr().out
+    first = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] < 7.0

@@ -58,6 +58,30 @@ def test_a_step_does_not_depend_on_those_before(packing: str) -> None:
 
 
 @PACKING
+def test_a_row_does_not_depend_on_the_size_of_the_batch(packing: str) -> None:
+    one, four = (Sampler(part_of(LENGTHS), 16, n, packing=packing) for n in (1, 4))
+    rows = torch.cat([one(i).idx for i in range(8)])
+    assert torch.equal(rows, torch.cat([four(0).idx, four(1).idx]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(2, 400),
+    T=st.integers(1, 20),
+    B=st.integers(1, 7),
+    seed=st.integers(0, 3),
+    step=st.integers(0, 50),
+)
+def test_a_window_is_whole_whatever_the_sizes(n: int, T: int, B: int, seed: int, step: int) -> None:
+    if n <= T:
+        return
+    batch = Sampler(part_of([n]), T, B, seed)(step)
+    assert batch.idx.shape == (B, T) and batch.idx.dtype == batch.targets.dtype == torch.int64
+    assert torch.equal(batch.targets, batch.idx + 1)
+    assert 0 <= int(batch.idx.min()) and int(batch.targets.max()) < n
+
+
+@PACKING
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(packing: str) -> None:
     sampler = Sampler(part_of(LENGTHS), 16, 1, packing=packing)
     n = sampler.per_epoch

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 FORMATS = ("auto", "text", "jsonl", "dataset")
-REPEATS = ("paragraphs", "documents", "none")
+REPEATS = ("auto", "paragraphs", "documents", "none")
 PACKINGS = ("concat", "documents")
 
 
@@ -29,8 +29,9 @@ class DataConfig:
         tokenizer: a tokenizer.json to use; None trains one on the training part.
         vocab_size: ids of a tokenizer that is trained.
         held_out: share of files that is held out to evaluate on, if there are no held_out_files.
-        deduplicate: what is kept only the first time that it comes: "paragraphs" (and records),
-            "documents", or "none"; then what comes again stays in the part of the first.
+        deduplicate: what is kept only the first time that it comes: "documents"; "paragraphs" of 40
+            characters or more, and documents; "auto": paragraphs of a text file without separator,
+            documents elsewhere; or "none": then what comes again stays in the part of the first.
         packing: how a batch is filled. "concat": windows of all tokens end to end;
             "documents": whole documents side by side, where attention and positions end with each.
         shard_bytes: text of a shard; what a kill while preparing loses at most.
@@ -45,7 +46,7 @@ class DataConfig:
     tokenizer: str | None = None
     vocab_size: int = 2048
     held_out: float = 0.1
-    deduplicate: str = "paragraphs"
+    deduplicate: str = "auto"
     packing: str = "concat"
     shard_bytes: int = 2**26
 

@@ -23,12 +23,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.data.text import Tokens
 from fastgpt.tokenizer import Tokenizer
 
 MANIFEST, TOKENIZER = "shards.json", "tokenizer.json"
 TRAIN, HELD_OUT = PARTS = ("train", "held_out")
 VERSION = 1
+Tokens = npt.NDArray[Any]  # uint16 or uint32
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 

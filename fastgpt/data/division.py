@@ -1,7 +1,7 @@
 """Documents into a training and a held-out part, honestly: what is held out was never seen."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,9 @@ from fastgpt.data.documents import (
     rows,
     separated,
 )
-from fastgpt.data.text import PIECE, REPEATED, pieces
+
+PIECE = 8192  # characters: the most of a text that is held out, or not, as one
+REPEATED = 40  # characters: a paragraph at least this long that recurs is no accident
 
 
 class Divided(NamedTuple):
@@ -56,10 +58,11 @@ class Division:
         self.held_out: bool | None = None
         self.dropped = 0
         self.piece = min(PIECE, max(64, total // 100))
+        self._by_paragraph = config.deduplicate in ("auto", "paragraphs")  # in plain text
         self._seen: dict[int, bool] = {}
         self._draws = _draws(config.held_out, seed)
 
-    def text(self, stream: Iterator[str]) -> Iterator[Divided]:
+    def text(self, stream: Iterable[str]) -> Iterator[Divided]:
         """The documents of a text file: neighbouring pieces in one part are one.
 
         Args:
@@ -77,10 +80,10 @@ class Division:
         if made.strip():
             yield Divided((Segment(made),), part)
 
-    def _pieces(self, stream: Iterator[str]) -> Iterator[str]:
+    def _pieces(self, stream: Iterable[str]) -> Iterator[str]:
         rest = ""
         for paragraph in stream:
-            if not self._repeats(paragraph):
+            if not (self._by_paragraph and self._repeats(paragraph)):
                 *whole, rest = pieces(rest + paragraph, self.piece)
                 yield from whole
         if rest:
@@ -126,9 +129,7 @@ class Division:
 
     def _repeats(self, paragraph: str) -> bool:
         core = paragraph.strip()
-        if self.config.deduplicate != "paragraphs" or len(core) < REPEATED:
-            return False
-        return self._seen_before(core)
+        return len(core) >= REPEATED and self._seen_before(core)
 
     def _seen_before(self, what: object) -> bool:
         key = _digest(what)
@@ -143,6 +144,23 @@ class Division:
         if key not in self._seen:
             self._seen[key] = self._draw()
         return self._seen[key]
+
+
+def pieces(document: str, size: int) -> list[str]:
+    """Cut a document into pieces of at most size characters, at a paragraph's end if it can."""
+    made = []
+    start = 0
+    while len(document) - start > size:
+        end = start + size
+        for mark in ("\n\n", "\n", "。", ". ", " "):
+            at = document.rfind(mark, start + size // 2, end)
+            if at >= 0:
+                end = at + len(mark)
+                break
+        made.append(document[start:end])
+        start = end
+    made.append(document[start:])
+    return made
 
 
 def _digest(what: object) -> int:

@@ -33,7 +33,7 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.10",  # the first that goes with triton 3.6
         "einops>=0.8",
         "numpy>=1.26",
         "safetensors>=0.4.5",

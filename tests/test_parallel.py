@@ -1,6 +1,7 @@
 """Layouts against one process: real processes, started by torchrun, that speak by gloo."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ def torchrun(ranks: int, script: str, *args: str) -> "subprocess.CompletedProces
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script, *args,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, env=env)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -38,7 +38,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; to CUDA through pinned memory, without waiting."""
-        cuda = torch.device(device).type == "cuda"
+        cuda = torch.device(device).type == "cuda" and torch.accelerator.is_available()
 
         def moved(t: Tensor) -> Tensor:
             return t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgpt import functional, huggingface, ops, optim
     from fastgpt.compress import compress
-    from fastgpt.generate import generate, stream
+    from fastgpt.generation.tokens import generate, stream
     from fastgpt.model import GPT, GPTConfig
     from fastgpt.ops.backend import explain, use
     from fastgpt.patching import patch
@@ -39,8 +39,8 @@ __all__ = [
 _MODULES = ("functional", "huggingface", "ops", "optim")
 _HOMES = {
     "GPT": "model", "GPTConfig": "model", "explain": "ops.backend", "use": "ops.backend",
-    "compress": "compress", "generate": "generate", "stream": "generate", "patch": "patching",
-    "tune": "tune", "warmup": "warmup",
+    "compress": "compress", "generate": "generation.tokens", "stream": "generation.tokens",
+    "patch": "patching", "tune": "tune", "warmup": "warmup",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def __dir__() -> list[str]:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python puts a module that it imported here: fastgpt.generate stays the function.
+        # Python puts a module that it imported here: fastgpt.tune stays the function.
         if isinstance(value, ModuleType) and _HOMES.get(name) == name:
             value = getattr(value, name)
         super().__setattr__(name, value)

@@ -183,7 +183,7 @@ def _generate(argv: list[str]) -> int:
         raise ValueError(f"generate: samples must be at least 1; got {args.samples}")
     import torch
 
-    from fastgpt.generate import stream
+    from fastgpt.generation.tokens import stream
     from fastgpt.train import load
     from fastgpt.train.device import pick_device
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt import lora
 from fastgpt.config import QUANTIZED
-from fastgpt.generate import stream
+from fastgpt.generation.tokens import stream
 from fastgpt.model import GPT
 from fastgpt.quantized import Quantized, swap
 from fastgpt.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastgpt.data import Tokens, read_text, unigram_bits
-from fastgpt.generate import stream
+from fastgpt.generation.tokens import stream
 from fastgpt.lab import agreement
 from fastgpt.ops.backend import explain
 from fastgpt.tokenizer import Tokenizer

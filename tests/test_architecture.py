@@ -19,7 +19,8 @@ LAYERS = {
     "kernels": 0, "ops": 1, "sharded": 1, "functional": 2, "norms": 2, "transformer": 2,
     "layers": 2, "quantized": 2, "optim": 2, "config": 2, "model": 3, "layouts": 3,
     "gguf_file": 3, "pretrained": 3, "lora": 3, "adapters": 3,
-    "tokenizer": 4, "data": 4, "decode": 4, "decoder": 4, "generate": 4, "parallel": 4, "train": 5,
+    "tokenizer": 4, "data": 4, "decode": 4, "decoder": 4, "generation": 4, "parallel": 4,
+    "train": 5,
     "compress": 6, "lab": 6,
     "demo": 7, "bench": 7, "huggingface": 5, "patching": 6, "cli": 8,
     "tune_ops": 6, "tune": 7, "warmup": 7, "plan": 7,
@@ -114,11 +115,11 @@ def test_help_does_without_torch(argv: str) -> None:
 
 
 def test_a_name_of_the_package_is_a_function_whatever_was_imported_first() -> None:
-    """generate, tune and warmup are modules too, which Python would put in their place."""
+    """compress, tune and warmup are modules too, which Python would put in their place."""
     code = (
-        "import fastgpt.generate, fastgpt.warmup, fastgpt.tune, fastgpt\n"
+        "import fastgpt.compress, fastgpt.warmup, fastgpt.tune, fastgpt\n"
         "names = [n for n in fastgpt.__all__ if not hasattr(fastgpt, n)]\n"
-        "same = [n for n in ('generate', 'tune', 'warmup') if not callable(getattr(fastgpt, n))]\n"
+        "same = [n for n in ('compress', 'tune', 'warmup') if not callable(getattr(fastgpt, n))]\n"
         "print(names, same, set(fastgpt.__all__) <= set(dir(fastgpt)))"
     )
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -134,7 +134,7 @@ def test_generate_takes_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "hidden", counted)
     assert torch.equal(fastgpt.generate(model, ids, 12, temperature=0.0), want)
     assert len(calls) == 1  # the prompt
-    monkeypatch.setattr(sys.modules["fastgpt.generate"], "one_token", lambda *a: None)
+    monkeypatch.setattr(sys.modules["fastgpt.generation.tokens"], "one_token", lambda *a: None)
     assert torch.equal(fastgpt.generate(model, ids, 12, temperature=0.0), want)
     assert len(calls) == 1 + 12
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgpt.bench import engines
 from fastgpt.bench.case import Start
-from fastgpt.generate import generate
+from fastgpt.generation.tokens import generate
 from fastgpt.lab.memory import saved_bytes
 from fastgpt.layouts import weights_to
 from fastgpt.model import GPT, GPTConfig

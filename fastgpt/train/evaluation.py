@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.data import Sampler
-from fastgpt.generate import generate
+from fastgpt.generation.tokens import generate
 from fastgpt.model import GPT, IGNORE
 from fastgpt.parallel import Layout
 from fastgpt.tokenizer import Tokenizer

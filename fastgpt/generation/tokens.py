@@ -1,17 +1,12 @@
-"""Text from a model: a key-value cache, greedy choice or sampling, whole or as a stream.
-
-A token is drawn by inverse transform: u uniform in [0, 1) picks the first id whose cumulative
-probability exceeds u. Row b spends one number a token from a generator of its own seed, so that a
-row's text does not depend on the rows beside it.
-"""
+"""Tokens from a model, one after the other: whole or as a stream."""
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgpt.decode import one_token
+from fastgpt.generation.sampling import Sampling, uniform
 from fastgpt.layers import KVCache
 from fastgpt.model import GPT
 
@@ -24,6 +19,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | Sequence[int] | None = None,
     eos: int | None = None,
 ) -> Tensor:
@@ -34,9 +31,8 @@ def generate(
             mode as it was.
         ids: (B, T) int64 or int32, the prompts, all of one length T of at least 1.
         max_new_tokens: T + max_new_tokens may be at most the model's block_size.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: if given, draw among the k likeliest tokens only.
-        top_p: if given, draw among the fewest likeliest tokens whose probabilities reach top_p.
+        temperature, top_k, top_p, min_p, repetition_penalty: see
+            `fastgpt.generation.sampling.Sampling`.
         seed: one for each row; or one number s, and row b's is s + b; drawn from torch's
             generator if None.
         eos: if given, a row ends after this id, and is filled up with it.
@@ -57,6 +53,8 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             eos=eos,
         )
@@ -72,6 +70,8 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | Sequence[int] | None = None,
     eos: int | None = None,
 ) -> Iterator[Tensor]:
@@ -79,14 +79,16 @@ def stream(
 
     They are checked here, not at the first token.
     """
-    B, T = _check(model, ids, max_new_tokens, temperature, top_k, top_p, eos)
-    u = _uniform(seed, B, max_new_tokens).to(ids.device)  # (max_new_tokens, B)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    B, T = _check(model, ids, max_new_tokens, eos)
+    u = uniform(seed, B, max_new_tokens).to(ids.device)  # (max_new_tokens, B)
 
     def tokens() -> Iterator[Tensor]:
         if not max_new_tokens:
             return
         cache = model.new_cache(B, T + max_new_tokens - 1)  # the last token is never fed back
         step = one_token(model, cache, B)
+        seen = _seen(ids, model.config.vocab_size) if repetition_penalty != 1.0 else None
         ended = torch.zeros(B, dtype=torch.bool, device=ids.device)
         new = ids
         for n in range(max_new_tokens):
@@ -95,7 +97,9 @@ def stream(
                     logits = step(new)  # (B, V)
             else:
                 logits = _forward(model, new if n == 0 else new[:, None], cache)
-            new = choose(logits, u[n], temperature, top_k, top_p)
+            new = sampling.choose(logits, u[n], seen)
+            if seen is not None:
+                seen.scatter_(1, new[:, None], True)
             if eos is not None:
                 new = new.masked_fill(ended, eos)
                 ended = ended | (new == eos)
@@ -104,42 +108,6 @@ def stream(
                 return
 
     return tokens()
-
-
-def choose(
-    logits: Tensor,
-    u: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
-    """Draw one id a row: the first whose cumulative probability exceeds u.
-
-    Args:
-        logits: (B, V).
-        u: (B,) float64, uniform in [0, 1).
-        temperature, top_k, top_p: see `generate`.
-
-    Returns:
-        (B,) int64.
-    """
-    if temperature == 0.0:
-        # Of 16 bits it is slower on a CPU.
-        return (logits.float() if logits.dtype.itemsize == 2 else logits).argmax(-1)
-    logits = logits.float()
-    # From the largest logit down, so that a small temperature cannot overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    p = logits.softmax(-1)
-    if top_p is not None and top_p < 1.0:
-        likely, order = p.sort(dim=-1, descending=True, stable=True)
-        before = likely.cumsum(-1) - likely
-        p = torch.zeros_like(p).scatter_(-1, order, likely.masked_fill(before >= top_p, 0.0))
-    total = p.double().cumsum(-1)
-    at = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)
-    return at.squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
 def _forward(model: GPT, token: Tensor, cache: KVCache | None) -> Tensor:
@@ -156,26 +124,16 @@ def _forward(model: GPT, token: Tensor, cache: KVCache | None) -> Tensor:
             model.train()
 
 
-def _uniform(seed: int | Sequence[int] | None, B: int, n: int) -> Tensor:
-    """(n, B) float64 in [0, 1), column b from row b's own seed."""
-    if seed is None:
-        seed = int(torch.randint(0, 2**62, ()))
-    seeds = [seed + b for b in range(B)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != B:
-        raise ValueError(f"generate: there must be one seed a row, {B}; got {len(seeds)}")
-    if min(seeds, default=0) < 0:
-        raise ValueError(f"generate: a seed must not be negative; got {min(seeds)}")
-    columns = [np.random.default_rng(s).random(n) for s in seeds]
-    return torch.from_numpy(np.stack(columns, axis=1))
+def _seen(ids: Tensor, V: int) -> Tensor:
+    """(B, V) bool, whether the id stands in the row."""
+    none = torch.zeros(ids.shape[0], V, dtype=torch.bool, device=ids.device)
+    return none.scatter_(1, ids.long(), True)
 
 
 def _check(
     model: GPT,
     ids: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
     eos: int | None,
 ) -> tuple[int, int]:
     config = model.config
@@ -193,12 +151,6 @@ def _check(
             f"generate: prompt and new tokens must fit the context, block_size"
             f" {config.block_size}; got a prompt of {T} and max_new_tokens {max_new_tokens}"
         )
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature must be 0 or more, and finite; got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be at least 1; got {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"generate: top_p must lie in (0, 1]; got {top_p}")
     if eos is not None and not 0 <= eos < config.vocab_size:
         raise ValueError(
             f"generate: eos must lie in the vocabulary, 0 to {config.vocab_size - 1}; got {eos}"

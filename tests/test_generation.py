@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastgpt
-from fastgpt.generate import choose
+from fastgpt.generation.sampling import Sampling
 from fastgpt.model import GPT, GPTConfig
 
 
@@ -158,7 +158,7 @@ def test_ids_are_drawn_as_often_as_they_are_likely(
     logits = torch.tensor(weights).log()
     p = (logits / temperature).softmax(-1)
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    drawn = choose(logits.expand(n, -1), u, temperature)
+    drawn = Sampling(temperature).choose(logits.expand(n, -1), u)
     share = torch.bincount(drawn, minlength=len(weights)) / n
     assert float((share - p).abs().max()) <= 1.5 / n + 1e-6
 
@@ -181,7 +181,7 @@ def test_only_what_top_k_and_top_p_leave_is_drawn(
         total += share
     u = torch.linspace(0, 1 - 1e-12, 301, dtype=torch.float64)
     row = torch.tensor(logits, dtype=torch.float32).expand(301, -1)
-    drawn = set(choose(row, u, 1.0, top_k, top_p).tolist())
+    drawn = set(Sampling(1.0, top_k, top_p).choose(row, u).tolist())
     assert drawn <= kept
     assert order[0] in drawn
 
@@ -189,13 +189,13 @@ def test_only_what_top_k_and_top_p_leave_is_drawn(
 def test_the_largest_u_draws_a_possible_id() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]])
     u = torch.tensor([1.0 - 2.0**-53], dtype=torch.float64)
-    assert choose(logits, u).item() == 1
+    assert Sampling().choose(logits, u).item() == 1
 
 
 def test_a_small_temperature_is_greedy() -> None:
     logits = torch.randn(8, 50)
     u = torch.rand(8, dtype=torch.float64)
-    assert torch.equal(choose(logits, u, 1e-30), logits.argmax(-1))
+    assert torch.equal(Sampling(1e-30).choose(logits, u), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(

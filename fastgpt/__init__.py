@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastgpt import functional, huggingface, ops, optim
     from fastgpt.compress import compress
     from fastgpt.generation.tokens import generate, stream
+    from fastgpt.interpret import capture_attention
     from fastgpt.model import GPT, GPTConfig
     from fastgpt.ops.backend import explain, use
     from fastgpt.patching import patch
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "GPTConfig",
+    "capture_attention",
     "compress",
     "explain",
     "functional",
@@ -40,7 +42,7 @@ _MODULES = ("functional", "huggingface", "ops", "optim")
 _HOMES = {
     "GPT": "model", "GPTConfig": "model", "explain": "ops.backend", "use": "ops.backend",
     "compress": "compress", "generate": "generation.tokens", "stream": "generation.tokens",
-    "patch": "patching", "tune": "tune", "warmup": "warmup",
+    "patch": "patching", "tune": "tune", "warmup": "warmup", "capture_attention": "interpret",
 }  # fmt: skip
 
 

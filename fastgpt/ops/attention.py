@@ -17,6 +17,7 @@ from fastgpt.ops.attention_checks import (
 from fastgpt.ops.attention_reference import Extras, plain, reference, reference_bwd
 from fastgpt.ops.dropout import check_dropout, draw_seed
 from fastgpt.ops.library import define, fake, flops, impl
+from fastgpt.ops.watch import tell
 
 BIAS = 8 + Extras._fields.index("bias")  # its place among AttentionFunction's inputs
 
@@ -247,18 +248,20 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Kernel or plain PyTorch -> o, lse; lse may be None unless return_lse. With qkv, q, k and v
     are its views."""
+    o: Tensor
+    lse: Tensor | None
     if backend.kernel_chosen(op, q, attention_obstacle(q, k, v, scale, x)):
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(q.device)
         # A plain call passes none of them: what is not passed costs no time.
         extras = x if x.softcap or any(t is not None for t in x[1:7]) else ()
-        o: Tensor
-        lse: Tensor
         inputs = (q, k, v) if qkv is None else (qkv, q.shape[2], None)
         args = backend.traceable(*inputs, scale, *bounds, dropout_p, seed, *extras)
         o, lse = AttentionFunction.apply(*args)
-        return o, lse
-    return plain(q, k, v, scale, *bounds, dropout_p, seed, return_lse, x)
+    else:
+        o, lse = plain(q, k, v, scale, *bounds, dropout_p, seed, return_lse, x)
+    tell(q, k, v, o, lse, scale, *bounds, x)
+    return o, lse
 
 
 @overload

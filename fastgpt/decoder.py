@@ -78,10 +78,18 @@ class Decoder:
         self.cache.length = lengths[0]
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row b be what row rows[b] was; rows: (B,) int64."""
+        """Let row b be what row rows[b] was; rows: (n,) int64, of which there are n from then on.
+
+        With n other than B rows are dropped, or a prompt that was read once is continued by many.
+        """
+        old, n = self.cache, rows.shape[0]
+        if n != self._B:
+            self.cache, self._B = self.model.new_cache(n, self.length), n
+            self.cache.length = old.length
+            self._step = one_token(self.model, self.cache, n)
         for layer in range(self.model.config.n_layer):
-            room = self.cache.room(layer)[:, :, : self.cache.length]
-            room.copy_(room[:, rows])
+            room, had = (c.room(layer)[:, :, : old.length] for c in (self.cache, old))
+            room.copy_(had[:, rows])
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

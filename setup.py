@@ -15,6 +15,10 @@ BENCH = ["matplotlib>=3.8", "tqdm>=4.66"]
 
 LAB = ["jinja2>=3.1", "pyyaml>=6"]
 
+PRIVACY = ["opacus>=1.5"]
+
+EXAMPLES = [*TRAIN, *PRIVACY, "pyyaml>=6"]  # what examples/ need together
+
 setup(
     name="fastgpt-triton",
     version="0.1.0",
@@ -45,12 +49,15 @@ setup(
         "bench": BENCH,
         "lab": LAB,
         "huggingface": HUGGINGFACE,
+        "privacy": PRIVACY,
+        "examples": EXAMPLES,
         "dev": [
             *TRAIN,
             *DATA,
             *BENCH,
             *LAB,
             *HUGGINGFACE,
+            *EXAMPLES,
             "accelerate>=1.1",  # transformers' Trainer
             "expecttest>=0.2",  # torch.testing._internal, whose samples the tests run
             "gguf>=0.19",  # GGUF files, and the test that loads one

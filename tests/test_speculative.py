@@ -75,7 +75,7 @@ def test_whole_texts_have_the_models_distribution(draft: str, sampling: Sampling
     prompt = [1, 2, 3, 1, 2]
     p: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
-        longer = {}
+        longer: dict[tuple[int, ...], float] = {}
         for text, weight in p.items():
             ids = torch.tensor([prompt + list(text)])
             seen = torch.zeros(1, V, dtype=torch.bool).scatter_(1, ids, True)

@@ -39,7 +39,7 @@ sanitize-attention: .venv/dev
 sanitize-rest: .venv/dev
 	$(SANITIZE) tests $(ATTENTION:%=--ignore %) --every-kernel='(?!attention)'
 
-OPS := layer_norm rms_norm embedding rotary attention ffn cross_entropy linear_cross_entropy adamw
+OPS := layer_norm rms_norm embedding rotary attention attention_decode ffn cross_entropy linear_cross_entropy adamw
 docs: .venv/dev
 	$(BIN)/fastgpt lab $(OPS) --with traffic --markdown docs/kernels.md
 	$(BIN)/python -m benchmarks.error_growth --png docs/error_growth.png

@@ -43,6 +43,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.attention(q, k, v)
 
 
+@torch.no_grad()
+def _attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor
+) -> Tensor:
+    return ops.attention_decode(q, k_cache, v_cache, lengths, k, v)
+
+
+def _nearly_full(s: Sizes, device: str) -> dict[str, Tensor]:
+    return {"lengths": torch.full((s["B"],), s["S"] - 1, dtype=torch.int32, device=device)}
+
+
 def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y, h = ops.layer_norm(x, weight, bias, residual=residual)
     return torch.cat([y, h])
@@ -103,6 +114,16 @@ TASKS = {
         {"B": 1, "T": 40, "H": 1, "D": 16},
         lambda s: dict.fromkeys("qkv", (s["B"], s["T"], s["H"], s["D"])),
         _attention,
+    ),
+    "attention_decode": Task(
+        {"B": 8, "S": 4096, "H": 12, "D": 64},
+        {"B": 1, "S": 40, "H": 1, "D": 16},
+        lambda s: {
+            n: (s["B"], 1 if n in "qkv" else s["S"], s["H"], s["D"])
+            for n in ("q", "k_cache", "v_cache", "k", "v")
+        },
+        _attention_decode,
+        _nearly_full,
     ),
     "layer_norm": Task(
         {"M": 8192, "N": 768},

@@ -199,3 +199,24 @@ def dbias_tile(dtype: torch.dtype, block_d: int) -> Tile:
     if dtype == torch.float32 or block_d > 128:
         return Tile(32, 32, 4, 1)
     return Tile(32, 32, 8 if block_d > 64 else 4, 1 if chip().startswith("gfx") else 2)
+
+
+@tunable
+def decode_tile(dtype: torch.dtype, block_d: int, rows: int) -> Tile:
+    """Queries x keys of a tile of decoding, where a kv head has so many rows of queries; one row is
+    one query, the products being sums over the head dim.
+
+    Some 16 KB of keys and values are a block, and two of them on their way while one is used.
+    """
+    wide = dtype == torch.float32
+    block_m = 1 if rows == 1 else min(16 if wide else 64, max(16, 1 << (rows - 1).bit_length()))
+    if chip() == "interpreter":
+        return Tile(block_m, 16, 4, 1)
+    if block_d > 128:
+        block_m = min(32, block_m)
+    block_n = 64 if block_d <= 64 else 32
+    if wide:
+        block_n = 32 if block_d <= 64 and rows == 1 else 16
+    warps = 8 if block_d > 128 or (block_d > 64 and block_m == 64) else 4
+    stages = 2 if block_d > 128 or (wide and rows > 1) else 3
+    return Tile(block_m, block_n, warps, 1 if chip().startswith("gfx") else stages)

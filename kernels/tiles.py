@@ -106,13 +106,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def programs(x: Tensor, num_warps: int) -> int:
-    """How many programs walk over rows side by side: enough for 16 warps on each multiprocessor."""
+def multiprocessors(x: Tensor) -> int:
+    """Of the tensor's device; where that is none, as few as make a test."""
     if not x.is_cuda:
         return 4
-    return torch.cuda.get_device_properties(x.device).multi_processor_count * max(
-        1, 16 // num_warps
-    )
+    count: int = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return count
+
+
+def programs(x: Tensor, num_warps: int) -> int:
+    """How many programs walk over rows side by side: enough for 16 warps on each multiprocessor."""
+    return multiprocessors(x) * (max(1, 16 // num_warps) if x.is_cuda else 1)
 
 
 def all_registers() -> dict[str, int]:

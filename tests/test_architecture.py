@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import ROOT
 
 OPS = (
-    "attention", "layer_norm", "rms_norm", "ffn", "embedding", "adamw", "rotary", "cross_entropy",
-    "linear_cross_entropy",
+    "attention", "attention_decode", "layer_norm", "rms_norm", "ffn", "embedding", "adamw",
+    "rotary", "cross_entropy", "linear_cross_entropy",
 )  # fmt: skip
 # What may import what: a layer sees those before it.
 LAYERS = {

@@ -20,6 +20,7 @@ from fastgpt.bench.run import Planned, Session, Wanted, fake, make, plan, too_la
 
 SMALL: dict[str, dict[str, int]] = {
     "attention": {"B": 1, "T": 5, "H": 2, "D": 8},
+    "attention_decode": {"B": 2, "S": 9, "L": 5, "H": 4, "Hkv": 2, "D": 8},
     "layer_norm": {"M": 3, "N": 8},
     "rms_norm": {"M": 3, "N": 8},
     "ffn": {"M": 3, "C": 8},

@@ -25,6 +25,7 @@ pytestmark = [
 from fastgpt.kernels.adamw import adamw as step_adamw  # noqa: E402
 from fastgpt.kernels.attention import attention_fwd  # noqa: E402
 from fastgpt.kernels.attention_bwd import attention_bwd  # noqa: E402
+from fastgpt.kernels.attention_decode import attention_decode  # noqa: E402
 from fastgpt.kernels.cross_entropy import (  # noqa: E402
     cross_entropy_both,
     cross_entropy_bwd,
@@ -60,6 +61,26 @@ def attention(
         o, l = attention_fwd(q, k, v, D**-0.5, -1, 0, p, seed, **extras)
         dl = l if lse else None
         attention_bwd(q, dl, q, k, v, o, l, D**-0.5, -1, 0, p, seed, **extras, **grads)
+
+    return launch
+
+
+def decode(
+    D: int, dtype: torch.dtype, groups: int = 1, T: int = 1, options: bool = False,
+    held: bool = False,
+) -> Launch:  # fmt: skip
+    """options: pages, a window and a softcap; held: the new ones are in the cache already."""
+
+    def launch() -> None:
+        q = torch.empty(2, T, 2 * groups, D, dtype=dtype)
+        cache = torch.empty(2, 256, 2, D, dtype=dtype)
+        lengths, new, table = torch.zeros(2, dtype=torch.int32), cache[:, :T], None
+        if options:
+            cache, table = cache.view(32, 16, 2, D), torch.zeros(2, 16, dtype=torch.int32)
+        how = (100, 30.0) if options else (-1, 0.0)
+        k = None if held else new
+        attention_decode(q, cache, cache, lengths, k, k, table, 0.1, *how, 4)
+        attention_decode(q, cache, cache, lengths, k, k, table, 0.1, *how, 1)
 
     return launch
 
@@ -165,6 +186,8 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
     """What GPT-2 runs on, and all other choices or this chip's share of them."""
     for D, p in itertools.product((64, 128), (0.0, 0.1)):
         yield attention(D, torch.bfloat16, p, lse=p > 0)
+    yield decode(64, torch.bfloat16)
+    yield decode(128, torch.bfloat16, groups=4)
     near = [
         attention(D, dtype, p, lse=p > 0)
         for D, dtype, p in itertools.product((64, 128), DTYPES[1:], (0.0, 0.1))
@@ -173,6 +196,15 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
     near += [
         attention(D, torch.bfloat16, p, with_=with_)
         for D, p, with_ in itertools.product((64, 128), (0.0, 0.1), extras)
+    ]
+    near += [
+        decode(D, dtype, groups, T, options, held)
+        for D, dtype, (groups, T), (options, held) in itertools.product(
+            (64, 128, 256, 80),
+            DTYPES,
+            ((1, 1), (4, 1), (8, 8)),
+            ((True, False), (False, True)),
+        )
     ]
     dtypes = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[:2]]
     flags = [(r, p, b) for r, p in ((False, 0.0), (True, 0.0), (True, 0.1)) for b in (True, False)]
@@ -254,6 +286,7 @@ def test_every_kernel_compiles(target: str) -> None:
         for launch in (
             attention(64, torch.bfloat16, 0.0),
             attention(64, torch.bfloat16, 0.0, with_=("bias", "document_ids")),
+            decode(64, torch.bfloat16),
             layer_norm(768, torch.bfloat16, torch.float32, True, True, 0.1),
             layer_norm(16385, torch.bfloat16, torch.bfloat16, False, True, 0.0),
             rms_norm(576, torch.bfloat16, torch.bfloat16, True, 0.0),
@@ -304,6 +337,9 @@ def test_three_sizes_compile_once() -> None:
             y, pre, h = ffn_fwd(x, f, None, f.T, None, None, None, "gelu", True, False)
             needs = [True] * 5 + [False] * 2
             ffn_bwd(y, x, f, None, f.T.contiguous(), None, None, pre, h, "gelu", needs)
+            ends = torch.zeros(T // 32, dtype=torch.int32)
+            few = T // 48
+            attention_decode(q[:, :few], q, q, ends, None, None, None, 0.1, T, 0.0, few)
             cos = torch.empty(T, 32)
             rotary_fwd(q, q, cos, cos, None, None, 1e-6, False, False)
             rotary_norm_bwd(q, q, q, q, cos, cos, w[:64], w[:64], 1e-6, False)
@@ -343,6 +379,7 @@ def test_no_product_spills_into_integer_or_double_arithmetic() -> None:
         adamw(torch.bfloat16, stochastic=True)()
         ffn(768, torch.bfloat16, "gelu", 1, True, False)()
         rotary(64, 64, torch.bfloat16, True, False)()
+        decode(64, torch.bfloat16, options=True)()
     for k in kernels:
         assert ".f64" not in k.binary.asm["ptx"], k
 

@@ -88,7 +88,7 @@ def test_one_tensor_may_be_several_arguments(f: Callable[..., Tensor], path: Pat
 
 def test_the_table_has_every_op() -> None:
     public = {name for name in ops.__all__ if f"{name}_ref" in ops.__all__}
-    assert {case.op for case in CASES} | {"adamw"} == public
+    assert {case.op for case in CASES} | {"adamw", "attention_decode"} == public  # no derivatives
 
 
 def test_a_path_is_chosen_inside_a_graph_and_a_new_one_makes_a_new_graph() -> None:

@@ -76,6 +76,7 @@ def test_host_cost_counts_the_launches_of_an_op() -> None:
         "rms_norm, forward": 1, "rms_norm, forward and backward": 3,
         "embedding, forward": 1, "embedding, forward and backward": 3,
         "attention, forward": 1, "attention, forward and backward": 3,
+        "attention_decode, forward": 2,
         "rotary, forward": 1, "rotary, forward and backward": 3,
         "ffn, forward": 1, "ffn, forward and backward": 2,
         "cross_entropy, forward": 1, "cross_entropy, forward and backward": 2,

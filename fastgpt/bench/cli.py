@@ -6,8 +6,8 @@ from pathlib import Path
 
 STOPPED = 130  # as a shell reports SIGINT
 OPS = (
-    "attention", "layer_norm", "rms_norm", "ffn", "linear_cross_entropy", "cross_entropy",
-    "embedding", "rotary", "adamw",
+    "attention", "attention_decode", "layer_norm", "rms_norm", "ffn", "linear_cross_entropy",
+    "cross_entropy", "embedding", "rotary", "adamw",
 )  # fmt: skip
 MODELS = ("step", "prefill", "decode")
 

@@ -67,6 +67,24 @@ def _attention(s: Sizes) -> None:
     attention_bwd(o, None, q, k, v, o, lse, D**-0.5, -1, 0, p, seed, **extras, bias_grad=bias)
 
 
+def _attention_decode(s: Sizes) -> None:
+    from fastgpt.kernels.attention_decode import attention_decode
+
+    B, T, S, G, D, page = (s[n] for n in ("B", "T", "S", "Hkv", "D", "page"))
+    dtype = DTYPES[s["dtype"]]
+    q, new = (torch.empty(B, T, h, D, dtype=dtype) for h in (s["H"], G))
+    shape = (B * (S // page), page, G, D) if page else (B, S, G, D)
+    keys, values = (torch.empty(shape, dtype=dtype) for _ in "kv")
+    # How far a program goes, and where, is data: rows are full once the new ones are in.
+    lengths = torch.full((B,), S - T, dtype=torch.int32, device="cpu")
+    table = None
+    if page:
+        table = torch.arange(B * (S // page), dtype=torch.int32, device="cpu").view(B, -1)
+    attention_decode(
+        q, keys, values, lengths, new, new, table, D**-0.5, -1, s["softcap"], s["splits"]
+    )
+
+
 def _layer_norm(s: Sizes) -> None:
     from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 
@@ -260,6 +278,29 @@ OPS = {
             for name in ("_fwd_kernel", "_dkdv_kernel", "_dq_kernel")
         },
     ),
+    "attention_decode": Case(
+        _attention_decode,
+        {
+            "B": 8,
+            "S": 1024,
+            "T": 1,
+            "H": 12,
+            "Hkv": 12,
+            "D": 64,
+            "dtype": "bf16",
+            "page": 0,
+            "softcap": 0.0,
+            "splits": 4,
+        },
+        tuple({"B": 1, "S": S, "H": 1, "Hkv": 1} for S in (256, 512, 1024)),
+        {
+            "_decode_kernel": {
+                "launch": "B * Hkv * S * D",
+                "loop": "BLOCK_N * D",
+                "bytes": "2 * size",
+            },
+        },
+    ),
     "rotary": Case(
         _rotary,
         {
@@ -359,7 +400,7 @@ def parse(said: str) -> tuple[str, Sizes]:
     wrong = [
         f"{key}={n}"
         for key, n in sizes.items()
-        if isinstance(n, int) and n < (key not in ("residual", "x_bias", "stochastic"))
+        if isinstance(n, int) and n < (key not in ("residual", "x_bias", "stochastic", "page"))
     ]
     if wrong or not 0.0 <= sizes.get("dropout_p", 0.0) < 1.0:
         raise ValueError(

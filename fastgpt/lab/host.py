@@ -96,8 +96,11 @@ def of_op(name: str, target: str = "sm_90") -> list[HostCost]:
     ids, table = torch.zeros(1, 32, dtype=torch.int64), torch.zeros(32, 8)
     p, m, v, g = (torch.zeros(16) for _ in range(4))
     group = ops.AdamWGroup([p], [g], [m], [v], [torch.zeros(())])
+    q = x.detach()
+    held = torch.zeros(1, dtype=torch.int32)
     calls: dict[str, tuple[Callable[[], Any], Tensor | None]] = {
         "attention": (lambda: ops.attention(x, x, x), x),
+        "attention_decode": (lambda: ops.attention_decode(q, q, q, held, q, q, splits=2), None),
         "layer_norm": (lambda: ops.layer_norm(x, w, w), x),
         "rms_norm": (lambda: ops.rms_norm(x, w), x),
         "ffn": (lambda: ops.ffn(x, w1, None, w2, None), x),

@@ -104,7 +104,7 @@ def _op(name: str, s: Sizes) -> tuple[Call, list[Tensor]]:
 
 def of_op(name: str, sizes: Sizes) -> list[Saved]:
     """What an op of fastgpt keeps, if it has a backward: by its kernels, and in plain PyTorch."""
-    if name == "adamw":
+    if name in ("adamw", "attention_decode"):
         return []
     shape = ", ".join(f"{k}={v}" for k, v in sizes.items())
     rows = []

@@ -2,6 +2,7 @@
 
 from fastgpt.ops.adamw import AdamWGroup, adamw, adamw_ref
 from fastgpt.ops.attention import attention, attention_packed, attention_ref
+from fastgpt.ops.attention_decode import attention_decode, attention_decode_ref
 from fastgpt.ops.attention_varlen import attention_varlen, attention_varlen_ref
 from fastgpt.ops.backend import Choice, explain, use
 from fastgpt.ops.cross_entropy import cross_entropy, cross_entropy_ref
@@ -20,6 +21,8 @@ __all__ = [
     "adamw",
     "adamw_ref",
     "attention",
+    "attention_decode",
+    "attention_decode_ref",
     "attention_packed",
     "attention_ref",
     "attention_varlen",

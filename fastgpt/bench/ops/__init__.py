@@ -5,6 +5,7 @@ from types import ModuleType
 from fastgpt.bench.ops import (
     adamw,
     attention,
+    attention_decode,
     cross_entropy,
     embedding,
     ffn,
@@ -16,6 +17,7 @@ from fastgpt.bench.ops import (
 
 OPS: dict[str, ModuleType] = {
     "attention": attention,
+    "attention_decode": attention_decode,
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "ffn": ffn,

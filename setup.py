@@ -17,7 +17,7 @@ LAB = ["jinja2>=3.1", "pyyaml>=6"]
 
 PRIVACY = ["opacus>=1.5"]
 
-EXAMPLES = [*TRAIN, *PRIVACY, "pyyaml>=6"]  # what examples/ need together
+EXAMPLES = [*TRAIN, *PRIVACY, "gguf>=0.19", "pyyaml>=6"]  # what examples/ need together
 
 setup(
     name="fastgpt-triton",

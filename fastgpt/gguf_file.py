@@ -1,5 +1,6 @@
-"""GGUF files of Llamas: llama.cpp's format, with quantised weights."""
+"""GGUF files of Llamas: llama.cpp's format, with quantised weights and a tokenizer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: no GGUF file, a broken one, another architecture, or what GPT lacks.
         ImportError: the package gguf is not installed.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ValueError(f"from_pretrained: {path} cannot be read; {error.strerror}") from None
-    if magic != b"GGUF":
-        raise ValueError(
-            f"from_pretrained: {path} must be a GGUF file or a folder; it begins {magic!r}"
-        )
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(
-            "from_pretrained: GGUF needs the package gguf: pip install gguf"
-        ) from None
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise ValueError(f"from_pretrained: {path} is broken; {first_line(error)}") from None
+    reader, fields = _open(path, "from_pretrained")
+    import gguf
+
     if (got := fields.get("general.architecture")) != "llama":
         raise ValueError(f"from_pretrained: {path} must be of architecture 'llama'; got {got!r}")
 
@@ -83,6 +67,74 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "rope_theta": meta.get("rope.freq_base", 1e4),
     }
     return shape, theirs
+
+
+# How the text is cut before the merges, by what llama.cpp calls it: numbers as they come, or each
+# digit by itself; then GPT-2's words.
+WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+CUTS = {
+    "gpt-2": WORDS,
+    "smollm": {
+        "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, WORDS],
+    },
+}  # fmt: skip
+CONTROL = 3  # the kind of a token that stands for no text
+
+
+def read_tokenizer(path: Path) -> str:
+    """The tokenizer of a GGUF file as tokenizer.json has it.
+
+    Raises:
+        ValueError: no GGUF file, a broken one, or another tokenizer than byte-level BPE that cuts
+            the text as one of CUTS.
+        ImportError: the package gguf is not installed.
+    """
+    _, fields = _open(path, "tokenizer")
+    meta = {n.removeprefix("tokenizer.ggml."): v for n, v in fields.items()}
+    kind, cut = meta.get("model"), meta.get("pre")
+    if kind != "gpt2" or cut not in CUTS:
+        raise ValueError(
+            f"tokenizer: of GGUF files only byte-level BPE, gpt2, cut as {', '.join(CUTS)} is"
+            f" supported; got {kind}, {cut} in {path}"
+        )
+    tokens = meta["tokens"]
+    kinds = meta.get("token_type", [1] * len(tokens))
+    special = [
+        {
+            "id": id, "content": token, "special": True, "normalized": False,
+            "single_word": False, "lstrip": False, "rstrip": False,
+        }
+        for id, (token, of) in enumerate(zip(tokens, kinds, strict=True)) if of == CONTROL
+    ]  # fmt: skip
+    model = {
+        "type": "BPE", "vocab": {token: id for id, token in enumerate(tokens)},
+        "merges": [merge.split(" ", 1) for merge in meta["merges"]],
+    }  # fmt: skip
+    return json.dumps({
+        "version": "1.0", "added_tokens": special, "normalizer": None, "pre_tokenizer": CUTS[cut],
+        "post_processor": None, "decoder": WORDS, "model": model,
+    })  # fmt: skip
+
+
+def _open(path: Path, op: str) -> tuple[Any, dict[str, Any]]:
+    """The file's reader, and its metadata."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ValueError(f"{op}: {path} cannot be read; {error.strerror}") from None
+    if magic != b"GGUF":
+        raise ValueError(f"{op}: {path} must be a GGUF file or a folder; it begins {magic!r}")
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(f"{op}: GGUF needs the package gguf: pip install gguf") from None
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise ValueError(f"{op}: {path} is broken; {first_line(error)}") from None
+    return reader, fields
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastgpt.gguf_file import read_tokenizer
+
 EOS = "<|endoftext|>"
 MIN_VOCAB = 257  # every byte, and EOS
 
@@ -79,13 +81,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read a tokenizer.json.
+        """Read a tokenizer.json, or the tokenizer of a .gguf file.
 
         Raises:
             ValueError: the file is not that of a byte-level BPE tokenizer.
             OSError: it cannot be read.
+            ImportError: the package tokenizers, or gguf, is needed and not installed.
         """
-        text = Path(path).read_bytes()
+        if Path(path).suffix == ".gguf":
+            text = read_tokenizer(Path(path)).encode()
+        else:
+            text = Path(path).read_bytes()
         try:
             inner = _tokenizers().Tokenizer.from_buffer(text)
             byte_level = "ByteLevel" in type(inner.decoder).__name__

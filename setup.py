@@ -13,11 +13,13 @@ HUGGINGFACE = ["transformers>=5.17,<6"]
 
 BENCH = ["matplotlib>=3.8", "tqdm>=4.66"]
 
+EXPLAIN = ["captum>=0.8", "matplotlib>=3.8"]
+
 LAB = ["jinja2>=3.1", "pyyaml>=6"]
 
 PRIVACY = ["opacus>=1.5"]
 
-EXAMPLES = [*TRAIN, *PRIVACY, "gguf>=0.19", "pyyaml>=6"]  # what examples/ need together
+EXAMPLES = [*TRAIN, *EXPLAIN, *PRIVACY, "gguf>=0.19", "pyyaml>=6"]  # what examples/ need together
 
 setup(
     name="fastgpt-triton",
@@ -34,6 +36,7 @@ setup(
         "fastgpt": ["py.typed"],
         "fastgpt.lab": ["*.html", "*.css", "*.js"],
         "fastgpt.bench": ["*.html"],
+        "fastgpt.interpret": ["*.html", "*.css", "*.js"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -47,6 +50,7 @@ setup(
         "train": TRAIN,
         "data": [*TRAIN, *DATA],
         "bench": BENCH,
+        "explain": [*TRAIN, *EXPLAIN],
         "lab": LAB,
         "huggingface": HUGGINGFACE,
         "privacy": PRIVACY,

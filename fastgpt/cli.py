@@ -1,4 +1,5 @@
-"""The command line: demo, prepare, train, compress, generate, export, tune, bench, lab, plan.
+"""The command line: demo, prepare, train, compress, generate, explain, export, tune, bench, lab,
+plan.
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -19,6 +20,7 @@ commands:
   train     train a GPT on text files
   compress  make a model's weights 8 or 4 bits each
   generate  continue a prompt with a trained model
+  explain   what a model looks at, and why it goes on with a text as it does
   export    write a trained model in Hugging Face's layout
   tune      measure tiles on this machine's GPU, and use the fastest from then on
   bench     time ops and a GPT beside others' ways on this machine
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "demo": _demo, "prepare": _prepare, "train": _train, "compress": _compress,
         "generate": _generate, "export": _export, "tune": _tune, "bench": _bench, "lab": _lab,
-        "plan": _plan,
+        "plan": _plan, "explain": _explain,
     }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -263,6 +265,12 @@ def _export(argv: list[str]) -> int:
     checkpoint.export(source, args.out)
     print(f"{args.out}: model.safetensors, config.json, tokenizer.json")
     return 0
+
+
+def _explain(argv: list[str]) -> int:
+    from fastgpt.interpret.cli import main as explain
+
+    return explain(argv, _Parser)
 
 
 def _tune(argv: list[str]) -> int:

@@ -100,7 +100,7 @@ def test_importing_asks_nothing_of_the_machine(said: str) -> None:
 @pytest.mark.parametrize(
     "argv",
     ["--help", "demo --help", "generate --help", "bench --help", "bench compare --help",
-     "lab --help", "lab compare --help"],
+     "lab --help", "lab compare --help", "explain --help"],
 )  # fmt: skip
 def test_help_does_without_torch(argv: str) -> None:
     """Which takes a second to import; benchmarks/test_start.py has the times."""

@@ -49,6 +49,7 @@ class Captured:
     """The calls seen so far, in order; captured[layer] is the one call of a layer."""
 
     layers: tuple[int, ...]
+    n_layer: int
     calls: list[Attention] = field(default_factory=list)
 
     def __getitem__(self, layer: int) -> Attention:
@@ -157,7 +158,7 @@ def capture_attention(
     """
     gpt = gpt_of(model)
     c = gpt.config
-    captured = Captured(chosen("layers", layers, c.n_layer))
+    captured = Captured(chosen("layers", layers, c.n_layer), c.n_layer)
     wanted = chosen("heads", heads, c.n_head)
     if not isinstance(rows, slice | None):
         chosen("rows", rows, c.block_size)

@@ -70,6 +70,8 @@ class GPTConfig:
         tied: whether the output layer is wte; if not, it has weights of its own, lm_head.
         rope_theta: base of the frequencies of rotary embedding; "llama" only.
         qk_norm: whether q and k of each head are RMS-normalised first; "llama" only.
+        window: how many positions attention sees, its own included, as Mistral's sliding window;
+            all if None.
         recompute: what the kernels make again in backward rather than keep. 0: nothing. 1: the
             activation, which costs no matrix product. 2: the norms and the first product of the
             feed-forward too, 2 n_embd n_inner operations a token and layer, twice that if gated: a
@@ -93,6 +95,7 @@ class GPTConfig:
     tied: bool = True
     rope_theta: float = 1e4
     qk_norm: bool = False
+    window: int | None = None
     recompute: int = field(default=1, compare=False)
     quantized: str | None = None
 
@@ -133,9 +136,9 @@ class GPTConfig:
 
     def _check_numbers(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head",
-                     "n_inner"):  # fmt: skip
+                     "n_inner", "window"):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("n_kv_head", "n_inner"):
+            if value is None and name in ("n_kv_head", "n_inner", "window"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"GPTConfig: {name} must be an int; got {value!r}")
@@ -194,13 +197,15 @@ class GPTConfig:
 
         A multiply-add is two. Each weight of a linear layer takes 2 T, for GPT-2 in all
         2 T (12 n_layer C^2 + V C), attention, of which a causal model needs T (T + 1) / 2 pairs,
-        2 n_layer C T (T + 1). Training takes three times the forward pass: each product has two in
-        its backward.
+        2 n_layer C T (T + 1), and fewer with a window. Training takes three times the forward pass:
+        each product has two in its backward.
         """
         attention = self.n_embd * (2 * self.n_head + 2 * self.kv_heads) * self.head_dim
         feed_forward = (3 if self.llama else 2) * self.n_embd * self.inner
         weights = self.n_layer * (attention + feed_forward) + self.vocab_size * self.n_embd
-        forward = 2 * T * weights + 2 * self.n_layer * self.n_embd * T * (T + 1)
+        beyond = 0 if self.window is None else max(0, T - self.window)
+        pairs = (T * (T + 1) - beyond * (beyond + 1)) // 2
+        forward = 2 * T * weights + 4 * self.n_layer * self.n_embd * pairs
         return 3 * forward if training else forward
 
     @classmethod

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.layers import MLP, Block, CausalSelfAttention, GatedMLP, KVCache, lends
+from fastgpt.cache import KVCache
+from fastgpt.layers import MLP, Block, CausalSelfAttention, GatedMLP, lends
 from fastgpt.model import GPT
 from fastgpt.norms import LayerNorm, RMSNorm
 from fastgpt.ops import backend
@@ -50,16 +51,16 @@ class _Layer(NamedTuple):
     c_proj: Rows
     ln_2: Rows
     mlp: Rows
-    room: Tensor  # (2, B, length, Hkv, D)
-    keys: Tensor  # (B, Hkv, length, D)
+    room: Tensor  # (2, B, slots, Hkv, D)
+    keys: Tensor  # (B, Hkv, slots, D)
     values: Tensor
 
 
 def one_token(model: GPT, cache: KVCache, B: int) -> Callable[[Tensor], Tensor] | None:
     """A function from the next ids, (B,) int64, to the logits after them, (B, V).
 
-    It adds to the cache, and holds no copies of the weights but those that int8 and int4 layers
-    keep for themselves; run it in inference mode.
+    It adds to the cache, in the rooms that this has now, and holds no copies of the weights but
+    those that int8 and int4 layers keep for themselves; run it in inference mode.
 
     Returns:
         None where the model must run by its modules: not on a CPU, where kernels run, under
@@ -75,32 +76,45 @@ def one_token(model: GPT, cache: KVCache, B: int) -> Callable[[Tensor], Tensor] 
     wte, turns = model.wte, model._turns
     wpe = None if model.wpe is None else model.wpe.weight
     embed = wte if isinstance(wte, Int8Embedding) else partial(_looked_up, wte.weight)
-    grouped = H != kv
+    grouped, slots = H != kv, cache.slots
+    first_slots = torch.arange(B) * slots
 
     def step(token: Tensor) -> Tensor:
-        at = cache.length
-        h = embed(token).to(dtype)  # (B, C)
+        start, places = cache.begin(1)
+        if places is None:
+            at, end = start, start + 1
+            first = 0 if cache.window is None else max(0, end - cache.window)
+            turn = None if turns is None else (turns[0][at:end], turns[1][at:end])
+            taken = seen = None
+        else:  # rows of different lengths, or a room that has gone round
+            places = places[:, 0]
+            first, end, seen = 0, min(cache.length + 1, slots), cache.seen
+            taken = first_slots + places % slots
+            turn = None if turns is None else (turns[0][places, None], turns[1][places, None])
+        try:
+            h = embed(token).to(dtype)  # (B, C)
+        except IndexError:
+            raise model.outside(token) from None
         if wpe is not None:
-            h = h + wpe[at]
+            h = h + wpe[start if places is None else places]
         for layer in layers:
             qkv = layer.c_attn(layer.ln_1(h)).view(B, H + 2 * kv, D)
             q = qkv.narrow(1, 0, H)
-            if turns is None:
-                new = qkv.narrow(1, H, 2 * kv).view(B, 2, kv, D).transpose(0, 1)
-                layer.room.select(2, at).copy_(new)
+            new = qkv.narrow(1, H, 2 * kv).view(B, 2, kv, D).transpose(0, 1)
+            if turn is not None:
+                q, k = layer.rotary(q[:, None], qkv[:, None, H : H + kv], *turn)
+                q, new = q[:, 0], torch.stack((k[:, 0], qkv.narrow(1, H + kv, kv)))
+            if taken is None:
+                layer.room.select(2, start).copy_(new)
             else:
-                cos, sin = turns[0][at : at + 1], turns[1][at : at + 1]
-                q, k = layer.rotary(q[:, None], qkv[:, None, H : H + kv], cos, sin)
-                q = q[:, 0]
-                layer.room[0].select(1, at).copy_(k[:, 0])
-                layer.room[1].select(1, at).copy_(qkv.narrow(1, H + kv, kv))
+                layer.room.view(2, B * slots, kv, D).index_copy_(1, taken, new)
             o = F.scaled_dot_product_attention(
-                q.unsqueeze(2), layer.keys.narrow(2, 0, at + 1), layer.values.narrow(2, 0, at + 1),
-                enable_gqa=grouped,
+                q.unsqueeze(2), layer.keys.narrow(2, first, end - first),
+                layer.values.narrow(2, first, end - first), attn_mask=seen, enable_gqa=grouped,
             )  # fmt: skip
             h = h + layer.c_proj(o.reshape(B, C))
             h = h + layer.mlp(layer.ln_2(h))
-        cache.length = at + 1
+        cache.advance(1)
         return head(last(h))
 
     return step

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.cache import KVCache
 from fastgpt.norms import LayerNorm, RMSNorm, new_norm
 from fastgpt.ops import backend
 from fastgpt.ops.cpu_linear import linear
@@ -139,54 +140,12 @@ def made_again(x: Tensor, again: Again | None) -> Iterator[None]:
         yield
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, for every layer, in room set aside at first.
-
-    Args:
-        n_layer, batch_size, length, n_head, head_dim: the sizes; length is the most positions.
-    """
-
-    def __init__(
-        self,
-        n_layer: int,
-        batch_size: int,
-        length: int,
-        n_head: int,
-        head_dim: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        shape = (n_layer, 2, batch_size, length, n_head, head_dim)
-        self._room = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # positions filled, the same in every layer
-
-    def room(self, layer: int) -> Tensor:
-        """A layer's keys and values, (2, batch_size, length, n_head, head_dim), not yet filled
-        from position `length` on."""
-        return self._room[layer]
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, T, H, D) to a layer; return all its keys and values as views.
-
-        The model moves `length` on once every layer has its keys.
-        """
-        end = self.length + k.shape[1]
-        keys, values = self._room[layer].unbind(0)  # (B, length, H, D)
-        if k.shape[0] != keys.shape[0] or end > keys.shape[1]:
-            raise ValueError(
-                f"KVCache: room is for {keys.shape[0]} rows of {keys.shape[1]} positions;"
-                f" got {k.shape[0]} rows up to position {end}"
-            )
-        keys[:, self.length : end] = k
-        values[:, self.length : end] = v
-        return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
-
-
 class CausalSelfAttention(nn.Module):
     """Causal self-attention: c_proj(concat_h softmax(q_h k_g^T / sqrt(D)) v_g), g = h // (H / Hkv).
 
-    Position i weighs the positions j <= i; its weights are non-negative and sum to one. c_attn
-    makes q, k and v of all heads at once, (H + 2 Hkv) D rows in that order.
+    Position i weighs the positions j <= i, with a window only j > i - window; its weights are
+    non-negative and sum to one. c_attn makes q, k and v of all heads at once, (H + 2 Hkv) D rows in
+    that order.
 
     Args:
         n_embd: width C, n_head times the head dimension D.
@@ -197,11 +156,13 @@ class CausalSelfAttention(nn.Module):
         qk_norm: whether each head's q and k are divided by their root mean square and multiplied
             by q_norm.weight and k_norm.weight, (D,), before they are turned; needs a turn.
         norm_eps: of those norms.
+        window: how many positions a query sees, its own included; all if None.
     """
 
     def __init__(
         self, n_embd: int, n_head: int, bias: bool = True, dropout: float = 0.0, *,
         n_kv_head: int | None = None, qk_norm: bool = False, norm_eps: float = 1e-6,
+        window: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         kv = n_head if n_kv_head is None else n_kv_head
@@ -214,6 +175,7 @@ class CausalSelfAttention(nn.Module):
                 f"CausalSelfAttention: n_head must be a multiple of n_kv_head; got {n_head}, {kv}"
             )
         self.n_head, self.n_kv_head, self.dropout = n_head, kv, dropout
+        self.window = window
         D = n_embd // n_head
         self.c_attn = nn.Linear(n_embd, (n_head + 2 * kv) * D, bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias)
@@ -241,7 +203,7 @@ class CausalSelfAttention(nn.Module):
             qkv = _through(self.c_attn, x).view(B, T, H + 2 * kv, C // H)
         p = self.dropout if self.training else 0.0
         if turn is None and cache is None and documents is None:
-            o = ops.attention_packed(qkv, H, dropout_p=p)
+            o = ops.attention_packed(qkv, H, dropout_p=p, window=self.window)
         else:
             q, k, v = qkv.split([H, kv, kv], 2)  # (B, T, H, D), (B, T, Hkv, D) twice, views
             o = self._attend(q, k, v, p, cache, layer, turn, documents)
@@ -257,12 +219,14 @@ class CausalSelfAttention(nn.Module):
         """q (B, T, H, D) and k, v (B, T, Hkv, D) turned, k and v with those of the cache."""
         q, k = self.turned(q, k, turn)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, Tk, Hkv, D)
+            return cache.attend(layer, q, k, v, p)
         if documents is not None:
             cu, longest = documents
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B T, H, D), views
-            return ops.attention_varlen(q, k, v, cu, cu, longest, longest, dropout_p=p)
-        return ops.attention(q, k, v, dropout_p=p)
+            return ops.attention_varlen(
+                q, k, v, cu, cu, longest, longest, dropout_p=p, window=self.window
+            )
+        return ops.attention(q, k, v, dropout_p=p, window=self.window)
 
     def turned(self, q: Tensor, k: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D) and k (B, T, Hkv, D), normed and turned to their positions."""
@@ -352,7 +316,7 @@ class Block(nn.Module):
     LayerNorm and GatedMLP for MLP.
 
     Args:
-        n_embd, n_head, bias, n_kv_head, qk_norm: see CausalSelfAttention.
+        n_embd, n_head, bias, n_kv_head, qk_norm, window: see CausalSelfAttention.
         activation, n_inner: see MLP and GatedMLP; a gated block needs n_inner.
         dropout: of attention weights and of every branch before it is added, in training mode.
         norm_eps: of all norms.
@@ -373,6 +337,7 @@ class Block(nn.Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         recompute: int = 1,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         if gated and n_inner is None:
@@ -380,8 +345,9 @@ class Block(nn.Module):
         self.dropout, self.recompute = dropout, recompute
         self.ln_1 = new_norm(n_embd, bias, norm_eps, gated)
         self.attn = CausalSelfAttention(
-            n_embd, n_head, bias, dropout, n_kv_head=n_kv_head, qk_norm=qk_norm, norm_eps=norm_eps
-        )
+            n_embd, n_head, bias, dropout, n_kv_head=n_kv_head, qk_norm=qk_norm, norm_eps=norm_eps,
+            window=window,
+        )  # fmt: skip
         self.ln_2 = new_norm(n_embd, bias, norm_eps, gated)
         self.mlp: GatedMLP | MLP
         if gated and n_inner is not None:

@@ -164,7 +164,8 @@ def _misshapen(source: str, name: str, want: torch.Size, got: torch.Size) -> Val
 
 
 def shape_from(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What GPTConfig wants to know, of the config.json of a GPT-2, a Llama or a FastGPTForCausalLM.
+    """What GPTConfig wants to know, of the config.json of a GPT-2, a Llama, a Mistral, which is a
+    Llama with a window, or a FastGPTForCausalLM.
 
     Raises:
         ValueError: an architecture other than these, or a part of them that GPT lacks.
@@ -172,14 +173,14 @@ def shape_from(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = config.get("model_type") if isinstance(config, Mapping) else type(config).__name__
     if kind == "gpt2":
         return _gpt2_shape(config, source)
-    if kind == "llama":
+    if kind in ("llama", "mistral"):
         return _llama_shape(config, source)
     if kind == "fastgpt":
         named = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
         return named | {"tied": config.get("tie_word_embeddings", True)}
     raise ValueError(
-        f"from_pretrained: {source} must be of model_type 'gpt2', 'llama' or 'fastgpt';"
-        f" got {kind!r}"
+        f"from_pretrained: {source} must be of model_type 'gpt2', 'llama', 'mistral' or"
+        f" 'fastgpt'; got {kind!r}"
     )
 
 
@@ -226,6 +227,7 @@ def _llama_shape(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "norm_eps": said(config, "rms_norm_eps", source),
         "tied": config.get("tie_word_embeddings", False),
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 1e4)),
+        "window": config.get("sliding_window") if config["model_type"] == "mistral" else None,
     }
 
 
@@ -233,15 +235,18 @@ def shape_to(c: GPTConfig) -> dict[str, Any]:
     """A config.json of Hugging Face's for the shape.
 
     Raises:
-        ValueError: neither of Hugging Face's GPT-2 and Llama has the shape.
+        ValueError: none of Hugging Face's GPT-2, Llama and Mistral has the shape.
     """
     activation = ACTIVATIONS[str(c.activation)][0]
     common = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tied, "use_cache": True}
     if c.llama:
         refuse("the model", {"qk_norm": c.qk_norm}, {"qk_norm": False}, "save_pretrained")
         rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-        return common | {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        if c.window is not None:
+            kind = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+            common |= {"sliding_window": c.window}
+        return common | kind | {
             "hidden_size": c.n_embd, "intermediate_size": c.inner, "num_hidden_layers": c.n_layer,
             "num_attention_heads": c.n_head, "num_key_value_heads": c.kv_heads,
             "head_dim": c.head_dim, "max_position_embeddings": c.block_size,
@@ -249,8 +254,9 @@ def shape_to(c: GPTConfig) -> dict[str, Any]:
             "rope_theta": c.rope_theta, "attention_bias": False, "mlp_bias": False,
             "bos_token_id": None, "eos_token_id": None,
         }  # fmt: skip
-    got = {"bias": c.bias, "n_kv_head": c.kv_heads}
-    refuse("the model", got, {"bias": True, "n_kv_head": c.n_head}, "save_pretrained")
+    got = {"bias": c.bias, "n_kv_head": c.kv_heads, "window": c.window}
+    want = {"bias": True, "n_kv_head": c.n_head, "window": None}
+    refuse("the model", got, want, "save_pretrained")
     end = 50256 if c.vocab_size > 50256 else None
     return common | {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.block_size,

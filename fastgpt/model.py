@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.cache import KVCache
 from fastgpt.config import PRESETS, GPTConfig
-from fastgpt.layers import Block, Branch, Documents, KVCache, Turn, lends, new_norm
+from fastgpt.layers import Block, Branch, Documents, Turn, lends, new_norm
 from fastgpt.ops import backend
 from fastgpt.optim import AdamW, decay_groups
 from fastgpt.quantized import Int8Embedding, Int8Linear, Quantized, swap
@@ -68,7 +69,7 @@ class GPT(nn.Module):
             Block(
                 c.n_embd, c.n_head, c.bias, c.dropout, c.activation, gated=c.llama,
                 n_kv_head=c.kv_heads, n_inner=c.inner, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
-                recompute=c.recompute,
+                recompute=c.recompute, window=c.window,
             )
             for _ in range(c.n_layer)
         )  # fmt: skip
@@ -151,8 +152,8 @@ class GPT(nn.Module):
 
         Args:
             idx: (B, T), int64 or int32, ids below vocab_size.
-            cache: if given, idx follow the positions that it holds, and are added to it; for
-                generation, without gradient.
+            cache: if given, idx follow the positions that each of its rows holds, and are added to
+                it; for generation, without gradient. `fastgpt.decoder` feeds one.
             cu_seqlens: (n + 1,) int32 or int64, from 0 to B T and not decreasing: if given, the
                 rows end to end hold n documents, document i the tokens cu_seqlens[i] ..
                 cu_seqlens[i + 1] - 1. Each attends to itself alone, and its positions are from 0
@@ -168,12 +169,15 @@ class GPT(nn.Module):
                 or an id lies outside the vocabulary, or cu_seqlens is not as it must be (both seen
                 on the CPU only: elsewhere the device would have to be waited for).
         """
-        start = 0 if cache is None else cache.length
         documents = self._documents(idx, cu_seqlens, max_seqlen, cache)
-        self._check(idx, start, documents)
+        self._check(idx, 0 if cache is None else cache.length, documents)
         T = idx.shape[1]
         p = self.config.dropout if self.training else 0.0
-        places = None if documents is None else places_in(documents[0], idx)
+        start, places = 0, None
+        if cache is not None:
+            start, places = cache.begin(T, backend.kernels_run(self.ln_f.weight))
+        elif documents is not None:
+            places = places_in(documents[0], idx)
         h = self._embed(idx, start, p, places)  # (B, T, C)
         turn = self._turn(start, T, places)
         branch: Tensor | Branch | None = None
@@ -183,7 +187,7 @@ class GPT(nn.Module):
             apart = all(lend[layer : layer + 2])  # it gives, and the next takes
             branch, h = block(branch, h, cache, layer, turn, apart, documents)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         y: Tensor
         assert branch is not None  # n_layer is at least 1
         last = Branch.of(branch)
@@ -207,11 +211,15 @@ class GPT(nn.Module):
             h = ops.embedding(idx, self.wte.weight) + ops.embedding(places, wpe)
             return F.dropout(h, p) if p else h
         except IndexError:
-            low, high = int(idx.min()), int(idx.max())
-            raise ValueError(
-                f"GPT: ids must lie in the vocabulary, 0 to {self.config.vocab_size - 1};"
-                f" got {low if low < 0 else high}"
-            ) from None
+            raise self.outside(idx) from None
+
+    def outside(self, idx: Tensor) -> ValueError:
+        """What to raise for ids that are not all in the vocabulary."""
+        low, high = int(idx.min()), int(idx.max())
+        return ValueError(
+            f"GPT: ids must lie in the vocabulary, 0 to {self.config.vocab_size - 1};"
+            f" got {low if low < 0 else high}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
         """What .to() and .cuda() call; the tables of rotary embedding go along, as float32. So a
@@ -232,7 +240,7 @@ class GPT(nn.Module):
             cos, sin = (t.to(self.wte.weight.device) for t in (cos, sin))
             self._turns = cos, sin
         if places is not None:
-            return cos[places], sin[places]  # (B, T, D / 2)
+            return F.embedding(places, cos), F.embedding(places, sin)  # (B, T, D / 2)
         return cos[start : start + T], sin[start : start + T]
 
     @property
@@ -344,15 +352,26 @@ class GPT(nn.Module):
                 )
         return cu, longest
 
-    def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """An empty cache for batch_size rows of at most length (block_size) positions."""
-        c, weight = self.config, self.ln_f.weight
-        length = c.block_size if length is None else length
-        sizes = (c.n_layer, batch_size, length, c.kv_heads, c.head_dim)
+    def new_cache(
+        self, batch_size: int, length: int | None = None, *, room: int | None = None
+    ) -> KVCache:
+        """An empty cache for batch_size rows of at most length (block_size) positions.
+
+        Args:
+            room: positions to set aside at first, see `fastgpt.cache.KVCache`.
+        """
+        weight = self.ln_f.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        return KVCache(*sizes, device=weight.device, dtype=dtype)
+        c, length = self.config, self.config.block_size if length is None else length
+        sizes = (c.n_layer, batch_size, length, self._cached_heads, c.head_dim)
+        return KVCache(*sizes, weight.device, dtype, window=c.window, room=room)
+
+    @property
+    def _cached_heads(self) -> int:
+        """Heads of k and v that are made here."""
+        return self.config.kv_heads
 
     def configure_optimizer(
         self, lr: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),

@@ -17,7 +17,7 @@ OPS = (
 # What may import what: a layer sees those before it.
 LAYERS = {
     "kernels": 0, "ops": 1, "sharded": 1, "functional": 2, "norms": 2, "transformer": 2,
-    "layers": 2, "quantized": 2, "optim": 2, "config": 2, "model": 3, "layouts": 3,
+    "cache": 2, "layers": 2, "quantized": 2, "optim": 2, "config": 2, "model": 3, "layouts": 3,
     "gguf_file": 3, "pretrained": 3, "lora": 3, "adapters": 3,
     "tokenizer": 4, "data": 4, "decode": 4, "decoder": 4, "generation": 4, "parallel": 4,
     "train": 5, "answers": 5,

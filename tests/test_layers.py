@@ -166,11 +166,12 @@ def test_block_drops_out_in_training_only() -> None:
 
 def test_cache_rejects_more_than_its_room() -> None:
     cache = KVCache(1, 2, 4, 1, 8)
-    k = torch.randn(2, 5, 1, 8)
-    with pytest.raises(ValueError, match=r"^KVCache: room is for 2 rows of 4 positions; got 2"):
-        cache.extend(0, k, k)
-    with pytest.raises(ValueError, match=r"got 3 rows"):
-        cache.extend(0, torch.randn(3, 1, 1, 8), torch.randn(3, 1, 1, 8))
+    with pytest.raises(ValueError, match=r"^KVCache: room is for 4 positions a row; got 5 more"):
+        cache.begin(5)
+    cache.begin(1)
+    k = torch.randn(3, 1, 1, 8)
+    with pytest.raises(ValueError, match=r"room is for 2 rows; got 3"):
+        cache.attend(0, k, k, k)
 
 
 @pytest.mark.parametrize("recompute", [1, 2])

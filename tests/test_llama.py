@@ -101,7 +101,7 @@ def test_the_cache_goes_on_where_the_text_was(qk_norm: bool) -> None:
     model = small(qk_norm=qk_norm)
     x = ids(2, 12)
     cache = model.new_cache(2, 12)
-    assert cache.extend(0, torch.zeros(2, 1, 2, 8), torch.zeros(2, 1, 2, 8))[0].shape[2] == 2
+    assert cache.room(0).shape == (2, 2, 12, 2, 8)
     parts = [model.hidden(part, cache) for part in x.split([5, 1, 6], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model.hidden(x), atol=1e-5, rtol=1e-4)
 

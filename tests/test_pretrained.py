@@ -108,7 +108,10 @@ def test_older_configurations_and_other_dtypes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "bert"}, "must be of model_type 'gpt2', 'llama' or 'fastgpt'; got 'bert'"),
+        (
+            {"model_type": "bert"},
+            "must be of model_type 'gpt2', 'llama', 'mistral' or 'fastgpt'; got 'bert'",
+        ),
         ({"attention_bias": True}, "must have attention_bias False; got True"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "have rope_type 'default'; got 'llama3'"),
         ({"head_dim": 16}, "must have head_dim 8; got 16"),

@@ -162,7 +162,7 @@ def test_unpickles_nothing_but_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": None}, r"of model_type 'gpt2', 'llama' or 'fastgpt'; got None$"),
+        ({"model_type": None}, r"of model_type 'gpt2', 'llama', 'mistral' or 'fastgpt'; got None$"),
         ({"scale_attn_weights": False}, r"must have scale_attn_weights True; got False$"),
         ({"scale_attn_by_inverse_layer_idx": True}, r"inverse_layer_idx False; got True$"),
         ({"add_cross_attention": True}, r"must have add_cross_attention False; got True$"),

@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastgpt import ops
@@ -38,7 +41,7 @@ class FastGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "max_position_embeddings": "block_size",
+        "max_position_embeddings": "block_size", "sliding_window": "window",
     }  # fmt: skip
 
     def __init__(
@@ -46,8 +49,9 @@ class FastGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         n_embd: int = 768, dropout: float = 0.0, bias: bool | None = None,
         activation: str | None = None, variant: str = "gpt2", n_kv_head: int | None = None,
         n_inner: int | None = None, norm_eps: float = 1e-5, rope_theta: float = 1e4,
-        qk_norm: bool = False, recompute: int = 1, quantized: str | None = None,
-        tie_word_embeddings: bool = True, use_cache: bool = True, **kwargs: Any,
+        qk_norm: bool = False, window: int | None = None, recompute: int = 1,
+        quantized: str | None = None, tie_word_embeddings: bool = True, use_cache: bool = True,
+        **kwargs: Any,
     ) -> None:  # fmt: skip
         given = locals()
         self.use_cache, self.tie_word_embeddings = use_cache, tie_word_embeddings
@@ -190,7 +194,8 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=c)
         like = torch.empty((B, T, 0), dtype=self.gpt.wte.weight.dtype, device=given.device)
-        mask = create_causal_mask(
+        masked = create_causal_mask if c.window is None else create_sliding_window_causal_mask
+        mask = masked(
             config=c, inputs_embeds=like, attention_mask=attention_mask,
             past_key_values=past_key_values, position_ids=position_ids,
         )  # fmt: skip

@@ -60,7 +60,7 @@ class SharedAttention(CausalSelfAttention):
             if cp is not None and cp.split:
                 o = cp.attention(*self.turned(q, k, turn), v, p)
             elif turn is None and cache is None and documents is None:
-                o = ops.attention_packed(qkv, H, dropout_p=p)
+                o = ops.attention_packed(qkv, H, dropout_p=p, window=self.window)
             else:
                 o = self._attend(q, k, v, p, cache, layer, turn, documents)
             o = o.reshape(*qkv.shape[:2], -1)
@@ -173,18 +173,10 @@ class SharedGPT(GPT):
         cos, sin = (cp.mine(t, t.ndim - 2) for t in turn)
         return cos, sin
 
-    def new_cache(self, batch_size: int, length: int | None = None) -> KVCache:
-        """As GPT's, of the heads that this rank has."""
-        tp = self.tensors
-        if tp is None:
-            return super().new_cache(batch_size, length)
-        c, weight = self.config, tp.local(self.wte.weight)
-        length = c.block_size if length is None else length
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        sizes = (c.n_layer, batch_size, length, c.kv_heads // tp.size, c.head_dim)
-        return KVCache(*sizes, device=weight.device, dtype=dtype)
+    @property
+    def _cached_heads(self) -> int:
+        heads = super()._cached_heads
+        return heads if self.tensors is None else heads // self.tensors.size
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As GPT's, of DTensors, with GPT's order of rows; all ranks must call this together."""
@@ -234,6 +226,11 @@ def shared(model: GPT, tp: DeviceMesh | None, cp: DeviceMesh | None, sequence: b
     """
     if tp is not None:
         check(model, tp.size())
+    if cp is not None and model.config.window is not None:
+        raise ValueError(
+            "parallel: with cp, attention sees all positions before its own;"
+            f" got a window of {model.config.window}"
+        )
     tensors = None if tp is None else Tensors(tp, sequence)
     context = None if cp is None else Context(cp)
     for block in model.h:

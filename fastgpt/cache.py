@@ -157,7 +157,7 @@ class KVCache:
         wraps = self.rolls and self.length + T > self.slots
         if not self.length:
             self._way = "fresh"
-        elif False and kernels and self.at is not None and T <= FEW:
+        elif kernels and self.at is not None and T <= FEW:
             self._way = "device"
             at = self.at[:, None]
             more = torch.arange(T, device=at.device, dtype=at.dtype) if T > 1 else None
@@ -206,7 +206,7 @@ class KVCache:
             assert self.at is not None
             if self.rolls:
                 keys, values = (t.view(-1, PAGE, *t.shape[2:]) for t in (keys, values))
-            return ops.attention_decode(  # type: ignore
+            return ops.attention_decode(
                 q, keys, values, self.at, k, v, window=window, block_table=self._pages()
             )
         if self._way == "hidden":

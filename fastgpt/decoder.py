@@ -66,7 +66,7 @@ class Decoder:
         kernels = backend.kernels_run(weight)
         if kernels:
             self.cache.track()
-        self._captures = False and graphs and kernels and _has_graphs(weight)
+        self._captures = graphs and kernels and _has_graphs(weight)
         # What slides must know its tokens.
         self._tokens: Tensor | None = None
         if full == "slide":

@@ -279,6 +279,43 @@ def act_tile() -> Tile:
 
 
 @tunable
+def quantized_row_tile(N: int, row_bytes: int) -> Tile:
+    """Rows of a quantised weight x bytes of a row, of a program's step; a lane reads 16 bytes of
+    each row. The lanes reach over a row of up to 4 KB. Four rows share what is read of x, where
+    there are programs enough all the same to keep every multiprocessor busy."""
+    if chip() == "interpreter":
+        return Tile(2, 64, 1, 1)
+    warp = 64 if chip().startswith("gfx9") else 32
+    lanes = min(256, max(warp, triton.next_power_of_2(cdiv(row_bytes, 16))))
+    return Tile(4 if N >= 2048 else 2 if N >= 512 else 1, 16 * lanes, lanes // warp, 1)
+
+
+@tunable
+def quantized_tile(rows: int, bits: int, group: int) -> ProductTile:
+    """Of a product with up to that many rows of x: block_m of them, block_n of the weight."""
+    if chip() == "interpreter":
+        return ProductTile(min(16, rows), 16, 4, 1, 32)
+    least = 8 if chip().startswith("sm_") else 16
+    stages = 2 if chip().startswith("gfx") else 4
+    if rows <= 32:
+        return ProductTile(max(least, rows), 64, 4, stages, 128)
+    return ProductTile(64, 128, 8, min(3, stages), 64)
+
+
+def quantized_splits(tiles: int, blocks: int) -> tuple[int, int]:
+    """Blocks of K that a program takes of a tile's, and how many programs share the tile: such that
+    there are 256 programs, or as many as blocks allow."""
+    each = cdiv(blocks, min(blocks, max(1, 256 // tiles)))
+    return each, cdiv(blocks, each)
+
+
+@tunable
+def unpack_tile() -> Tile:
+    """Of the pass that makes numbers of a quantised weight, and of that over sums."""
+    return Tile(8, 64, 1, 1) if chip() == "interpreter" else Tile(4, 512, 4, 1)
+
+
+@tunable
 def adamw_tile(prepare: bool = False) -> Tile:
     """Of the optimizer's pass: blocks of a chunk x elements of a block; or of its preparation."""
     if prepare:

@@ -12,6 +12,7 @@ from fastgpt.ops.ffn import ffn, ffn_ref
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_ref
 from fastgpt.ops.library import register_flop_formulas, teach_flop_counter
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from fastgpt.ops.quantized_linear import quantized_linear, quantized_linear_ref
 from fastgpt.ops.rms_norm import rms_norm, rms_norm_ref
 from fastgpt.ops.rotary import rotary, rotary_ref, rotary_table
 
@@ -39,6 +40,8 @@ __all__ = [
     "layer_norm_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
+    "quantized_linear",
+    "quantized_linear_ref",
     "register_flop_formulas",
     "rms_norm",
     "rms_norm_ref",

@@ -40,7 +40,6 @@ from fastgpt.kernels.tiles import (
 
 FEW = 8  # rows of float32 that are multiplied one by one
 MANY = 1024  # rows beyond which weights become numbers first
-WIDTH = 16  # bytes that a lane reads at once
 
 
 @triton.jit
@@ -66,13 +65,50 @@ def _finished(y, bias_ptr, cols, N, ACT: tl.constexpr, PTX: tl.constexpr, HAS_BI
 
 
 @triton.jit
+def _nibbles(words, x, LANES: tl.constexpr):
+    """The sums of (q - 8) x over a lane's 32 columns: words [ROWS, LANES, 4], x [LANES, 32].
+
+    The bits of v, below 2^23, in those of the number 2^23 are 2^23 + v: a mask and a difference
+    make q 16^i of a word's i-th four bits, with no shift, and no conversion, which is slow. A
+    second half of a word is brought down to where the first is.
+    """
+    even, odd = x.reshape(LANES, 4, 4, 2).split()
+    a, c = even.reshape(LANES, 4, 2, 2).split()
+    b, d = odd.reshape(LANES, 4, 2, 2).split()
+    a, e = a.split()
+    b, f = b.split()
+    c, g = c.split()
+    d, h = d.split()
+    half = words & 0xFFFF | 0x4B000000
+    acc = _nibble(half, 0) * a[None, :, :]
+    acc = tl.fma(_nibble(half, 1), (b * 2.0**-4)[None, :, :], acc)
+    acc = tl.fma(_nibble(half, 2), (c * 2.0**-8)[None, :, :], acc)
+    acc = tl.fma(_nibble(half, 3), (d * 2.0**-12)[None, :, :], acc)
+    half = (words >> 16) & 0xFFFF | 0x4B000000
+    acc = tl.fma(_nibble(half, 0), e[None, :, :], acc)
+    acc = tl.fma(_nibble(half, 1), (f * 2.0**-4)[None, :, :], acc)
+    acc = tl.fma(_nibble(half, 2), (g * 2.0**-8)[None, :, :], acc)
+    acc = tl.fma(_nibble(half, 3), (h * 2.0**-12)[None, :, :], acc)
+    return tl.sum(acc, 2)
+
+
+@triton.jit
+def _nibble(half, I: tl.constexpr):
+    """16^I (q - 8)."""
+    bits = half & (0x7F800000 | 15 << 4 * I)
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * 16**I)
+
+
+@triton.jit
 def _row_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, stride_x, stride_w, stride_s, N, K,
     BITS: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, PTX: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One row of x by ROWS rows of W. G is 0 where a row has one scale."""
-    VEC: tl.constexpr = WIDTH * 8 // BITS  # columns of a lane
+    """One row of x by ROWS rows of W, which are bytes, or of 4 bits words of 8 columns. G is 0
+    where a row has one scale."""
+    VEC: tl.constexpr = 128 // BITS  # columns of a lane
+    EACH: tl.constexpr = 16 if BITS == 8 else 4  # bytes, or words, of a lane
     m = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * ROWS
     n = tl.arange(0, ROWS)
@@ -81,28 +117,25 @@ def _row_kernel(
     x_ptr += m * stride_x
     w_ptr += first.to(tl.int64) * stride_w
     scale_ptr += first.to(tl.int64) * stride_s
-    offs_w = near[:, None, None] * stride_w
-    offs_w += (lane[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])[None, :, :]
+    places = lane[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    offs_w = near[:, None, None] * stride_w + places[None, :, :]
+    cols = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
     acc = tl.zeros([ROWS, LANES], dtype=tl.float32)
     for start in tl.range(0, K, LANES * VEC):
-        k = start + lane * VEC
-        cols = k[:, None] + tl.arange(0, VEC)[None, :]
-        x = tl.load(x_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + start + cols, mask=cols < K - start, other=0.0).to(tl.float32)
+        done = start * EACH // VEC
+        keep = (places < (K - start) * EACH // VEC)[None, :, :]
+        q = tl.load(w_ptr + done + offs_w, mask=keep, other=0)
         if BITS == 8:
-            q = tl.load(w_ptr + start + offs_w, mask=(cols < K)[None, :, :], other=0)
             part = tl.sum(q.to(tl.float32) * x[None, :, :], 2)
         else:
-            even, odd = x.reshape(LANES, WIDTH, 2).split()
-            byte = start // 2 + (lane[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
-            q = tl.load(w_ptr + start // 2 + offs_w, mask=(byte < K // 2)[None, :, :], other=0)
-            low, high = (q & 15).to(tl.float32) - 8.0, (q >> 4).to(tl.float32) - 8.0
-            part = tl.sum(low * even[None, :, :] + high * odd[None, :, :], 2)
+            part = _nibbles(q, x, LANES)
         if G == 0:
             acc += part
         else:
-            keep = (k < K)[None, :] & (n < ROWS)[:, None]
+            k = start + lane * VEC
             at = near[:, None] * stride_s // (8 // BITS) + (k // G)[None, :]
-            scale, least = _scales(scale_ptr, at, keep, BITS)
+            scale, least = _scales(scale_ptr, at, (n < ROWS)[:, None] & (k < K)[None, :], BITS)
             acc = tl.fma(scale, part, acc)
             if BITS == 4:
                 acc = tl.fma(tl.fma(scale, 8.0, least), tl.sum(x, 1)[None, :], acc)
@@ -275,12 +308,15 @@ def _one_by_one(
 ) -> None:
     M, N = y.shape
     w, s, bits, K, group = _laid(weight, scale)
+    if bits == 4:
+        whole = w.stride(0) % 4 == 0 and w.data_ptr() % 4 == 0
+        w = (w if whole else w.contiguous().clone()).view(torch.int32)
     x = x if x.stride(1) == 1 else x.contiguous()
     tile = quantized_row_tile(N, K * bits // 8)
     _row_kernel[(M, cdiv(N, tile.block_m))](
         x, w, s, bias if bias is None else bias.contiguous(), y, x.stride(0), w.stride(0),
         s.stride(0), N, K, BITS=bits, G=group, ACT=activation, PTX=has_ptx(),
-        HAS_BIAS=bias is not None, ROWS=tile.block_m, LANES=tile.block_n // WIDTH, WIDTH=WIDTH,
+        HAS_BIAS=bias is not None, ROWS=tile.block_m, LANES=tile.block_n // 16,
         **tile.options,
     )  # fmt: skip
 

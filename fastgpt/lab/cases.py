@@ -143,6 +143,24 @@ def _ffn(s: Sizes) -> None:
     ffn_bwd(y, x, w1, b1, w2, v, c, pre, h, s["activation"], needs)
 
 
+def _quantized_linear(s: Sizes) -> None:
+    from fastgpt.kernels.quantized_linear import dequantize, quantized_linear_fwd
+
+    M, N, K, bits, group = s["M"], s["N"], s["K"], s["bits"], s["group"]
+    dtype = DTYPES[s["dtype"]]
+    weight = torch.empty(N, K * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    if bits == 4:
+        scale = torch.empty(N, K // (group or 32), 2, dtype=torch.bfloat16)
+    else:
+        scale = torch.empty((N, K // group) if group else (N,), dtype=torch.float32)
+    bias = torch.empty(N, dtype=dtype)
+    for rows in (1, M):
+        quantized_linear_fwd(
+            torch.empty(rows, K, dtype=dtype), weight, scale, bias, s["activation"]
+        )
+    dequantize(weight, scale, dtype)
+
+
 def _adamw(s: Sizes) -> None:
     from fastgpt.kernels.adamw import adamw
 
@@ -336,6 +354,24 @@ OPS = {
             },
         },
     ),
+    "quantized_linear": Case(
+        _quantized_linear,
+        {
+            "M": 8,
+            "N": 2304,
+            "K": 768,
+            "bits": 8,
+            "group": 0,
+            "dtype": "bf16",
+            "activation": "none",
+        },
+        tuple({"N": N, "K": 256} for N in (64, 128, 256)),
+        {
+            "_row_kernel": {"launch": "N * K", "loop": "ROWS * LANES * 128 / BITS", "bytes": "BITS / 8"},
+            "_rows_kernel": {"launch": "N * K", "loop": "BLOCK_N * BLOCK_K", "bytes": "BITS / 8"},
+            "_unpack_kernel": {"launch": "N * K", "bytes": "BITS / 8 + size"},
+        },
+    ),
     "cross_entropy": Case(
         _cross_entropy,
         {"M": 8192, "V": 50257, "dtype": "bf16", **_LOSS},
@@ -400,7 +436,8 @@ def parse(said: str) -> tuple[str, Sizes]:
     wrong = [
         f"{key}={n}"
         for key, n in sizes.items()
-        if isinstance(n, int) and n < (key not in ("residual", "x_bias", "stochastic", "page"))
+        if isinstance(n, int)
+        and n < (key not in ("residual", "x_bias", "stochastic", "page", "group"))
     ]
     if wrong or not 0.0 <= sizes.get("dropout_p", 0.0) < 1.0:
         raise ValueError(

@@ -22,6 +22,7 @@ from fastgpt.norms import LayerNorm, RMSNorm, new_norm
 from fastgpt.ops import backend
 from fastgpt.ops.cpu_linear import linear
 from fastgpt.ops.ffn import activate
+from fastgpt.quantized import Int4Linear, Int8Linear
 from fastgpt.transformer import (
     MultiheadAttention,
     TransformerDecoderLayer,
@@ -86,6 +87,14 @@ def _through(layer: nn.Module, x: Tensor) -> Tensor:
         return linear(x, layer.weight, layer.bias)
     y: Tensor = layer(x)
     return y
+
+
+def _activated(layer: nn.Module, x: Tensor, activation: str) -> Tensor:
+    """The activation of layer(x), which a quantised layer gives at once if no hook waits for it."""
+    if isinstance(layer, (Int8Linear, Int4Linear)) and lends(layer, type(layer)):
+        y: Tensor = layer(x, activation)
+        return y
+    return activate(layer(x), activation)
 
 
 def _whole(y: Tensor, apart: bool) -> Tensor | Branch:
@@ -264,7 +273,7 @@ class MLP(nn.Module):
         """x: (..., C) -> (..., C), or, if apart, a Branch of it and c_proj's bias."""
         up, down = self.c_fc, self.c_proj
         if not (lends(up, nn.Linear) and lends(down, nn.Linear)):
-            return _whole(down(activate(up(x), self.activation)), apart)
+            return _whole(down(_activated(up, x, self.activation)), apart)
         y = ops.ffn(
             x, up.weight, up.bias, down.weight, None if apart else down.bias,
             activation=self.activation, recompute=self.recompute,
@@ -299,7 +308,7 @@ class GatedMLP(nn.Module):
         """x: (..., C) -> (..., C), or, if apart, a Branch of it and down_proj's bias."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if not all(lends(part, nn.Linear) for part in (gate, up, down)):
-            return _whole(down(activate(gate(x), self.activation) * up(x)), apart)
+            return _whole(down(_activated(gate, x, self.activation) * up(x)), apart)
         y = ops.ffn(
             x, up.weight, up.bias, down.weight, None if apart else down.bias,
             activation=self.activation, w_gate=gate.weight, b_gate=gate.bias,

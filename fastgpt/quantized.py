@@ -9,8 +9,8 @@ row by its own range: x[m, k] = lo[m] + step[m] p[m, k], p in 0 .. 255. The sums
     y[m, n] = scale[n] (step[m] sum_k p[m, k] q[n, k] + lo[m] sum_k q[n, k]) + bias[n]
 
 A row does not depend on the rows beside it. Without VNNI such products saturate in silence
-(vpmaddubsw), and elsewhere than on a CPU there are none: there weights become numbers of x's dtype
-first.
+(vpmaddubsw): weights become numbers of x's dtype first. Where kernels run, x stays as it is and
+weights become numbers in the kernel: `ops.quantized_linear`.
 
 Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only
 inference, 2018, https://arxiv.org/abs/1712.05877; rows of activations by their own range: Yao et
@@ -24,6 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.ops import backend
+from fastgpt.ops.ffn import activate
+from fastgpt.ops.quantized_linear import dequantize
 
 GROUP = 32  # weights of int4 that share a scale
 FEW = 16  # rows up to which int4 is multiplied as it is stored; with more it pays to unpack once
@@ -117,7 +122,7 @@ class Quantized(nn.Module):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as numbers, (N, K)."""
-        raise NotImplementedError
+        return dequantize(self.weight, self.scale, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
         scale = self.scale
@@ -150,16 +155,21 @@ class Quantized(nn.Module):
 
 
 class _Int8(Quantized):
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (self.weight * self.scale[:, None]).to(dtype)
-
     @property
     def shape(self) -> tuple[int, int]:
         N, K = self.weight.shape
         return N, K
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias: (..., K) -> (..., N) of x's dtype."""
+    def product(
+        self, x: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """f(x W^T + bias): (..., K) -> (..., N) of x's dtype; f one of `ops.ffn`'s, or none."""
+        if backend.kernels_run(x):
+            return ops.quantized_linear(x, self.weight, self.scale, bias, activation=activation)
+        y = self._product(x, bias)
+        return y if activation is None else activate(y, activation)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not (x.device.type == "cpu" and bytes_multiply_exactly()):
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
             return y if bias is None else y + bias
@@ -195,9 +205,9 @@ class Int8Linear(_Int8):
         """The same layer, each row of weights rounded to multiples of 1/127 of its largest."""
         return cls(*quantize_int8(linear.weight), linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K) -> (..., N) of x's dtype."""
-        return self.product(x, self.bias)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """x: (..., K) -> (..., N) of x's dtype, f(y) if there is an activation f."""
+        return self.product(x, self.bias, activation)
 
 
 class Int8Embedding(_Int8):
@@ -254,14 +264,16 @@ class Int4Linear(Quantized):
         """(N, K) uint8."""
         return torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        N, K = self.shape
-        scale, low = self.scale.float().unbind(-1)
-        w = self._integers().view(N, K // GROUP, GROUP) * scale[..., None] + low[..., None]
-        return w.view(N, K).to(dtype)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """x: (..., K) -> (..., N) of x's dtype, f(y) if there is an activation f."""
+        if backend.kernels_run(x):
+            return ops.quantized_linear(
+                x, self.weight, self.scale, self.bias, activation=activation
+            )
+        y = self._product(x)
+        return y if activation is None else activate(y, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K) -> (..., N) of x's dtype."""
+    def _product(self, x: Tensor) -> Tensor:
         N, K = self.shape
         flat = x.reshape(-1, K)
         if x.device.type != "cpu" or flat.shape[0] > FEW:

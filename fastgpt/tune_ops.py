@@ -84,6 +84,17 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return ops.linear_cross_entropy(x, weight, target, reduction="sum")
 
 
+def _quantized_linear(x: Tensor, bias: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """All rows, and one alone, which is another kernel's."""
+    both = [ops.quantized_linear(rows, weight, scale, bias) for rows in (x, x[:1])]
+    return torch.cat(both)
+
+
+def _quantized(s: Sizes, device: str) -> dict[str, Tensor]:
+    weight = torch.randint(-127, 128, (s["N"], s["K"]), device=device, dtype=torch.int8)
+    return {"weight": weight, "scale": torch.full((s["N"],), s["K"] ** -0.5 / 74, device=device)}
+
+
 def _ids(name: str, *shape: str) -> Callable[[Sizes, str], dict[str, Tensor]]:
     """Ids of a vocabulary, in a shape of these sizes."""
 
@@ -146,6 +157,13 @@ TASKS = {
             "w2": (s["C"], s["F"]), "b2": (s["C"],),
         },
         _ffn,
+    ),
+    "quantized_linear": Task(
+        {"M": 8, "N": 3072, "K": 768},
+        {"M": 5, "N": 40, "K": 32},
+        lambda s: {"x": (s["M"], s["K"]), "bias": (s["N"],)},
+        _quantized_linear,
+        _quantized,
     ),
     "embedding": Task(
         {"B": 8, "T": 1024, "C": 768, "V": 50257},

@@ -341,9 +341,9 @@ def _by_tiles(
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=8, **last, **tile.options,
     )  # fmt: skip
     if splits > 1:
-        tile = unpack_tile()
-        _join_kernel[(M, cdiv(N, tile.block_n))](
-            out, bias, y, M, N, splits, BLOCK=tile.block_n, **last, **tile.options
+        join = unpack_tile()
+        _join_kernel[(M, cdiv(N, join.block_n))](
+            out, bias, y, M, N, splits, BLOCK=join.block_n, **last, **join.options
         )
 
 

@@ -284,7 +284,7 @@ def quantized_row_tile(N: int, row_bytes: int) -> Tile:
     each row. The lanes reach over a row of up to 4 KB. Four rows share what is read of x, where
     there are programs enough all the same to keep every multiprocessor busy."""
     if chip() == "interpreter":
-        return Tile(2, 64, 1, 1)
+        return Tile(4, 128, 1, 1)
     warp = 64 if chip().startswith("gfx9") else 32
     lanes = min(256, max(warp, triton.next_power_of_2(cdiv(row_bytes, 16))))
     return Tile(4 if N >= 2048 else 2 if N >= 512 else 1, 16 * lanes, lanes // warp, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.ops import backend
+from fastgpt.quantized import quantize_int4, quantize_int8
 
 Inputs = dict[str, Tensor]
 V, C = 11, 8  # vocabulary, width; a head has 8 elements
@@ -114,6 +115,13 @@ def _ffn(n: int, *names: str) -> Inputs:
     return {name: torch.randn(shapes[name]) for name in ("x", "w1", "b1", "w2", "b2", *names)}
 
 
+def _bytes(n: int, bits: int) -> Inputs:
+    K = C if bits == 8 else 32
+    w, x = torch.randn(V, K), {"x": torch.randn(2, n, K), "bias": torch.randn(V)}
+    weight, scale = quantize_int8(w) if bits == 8 else quantize_int4(w)
+    return x | {"weight": weight, "scale": scale}
+
+
 def _targets(n: int) -> Tensor:
     target = torch.randint(V, (2, n))
     target[0, 0] = -100
@@ -174,6 +182,13 @@ CASES = [
         "ffn gated, recompute",
         partial(ops.ffn, activation="silu", recompute=2),
         lambda n: _ffn(n, "w_gate", "b_gate"),
+    ),
+    Case("quantized_linear", ops.quantized_linear, partial(_bytes, bits=8), ("scale",)),
+    Case(
+        "quantized_linear 4 bits, activation",
+        partial(ops.quantized_linear, activation="gelu"),
+        partial(_bytes, bits=4),
+        ("scale",),
     ),
     Case("cross_entropy", ops.cross_entropy, _logits),
     Case(

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 OPS = (
     "attention", "attention_decode", "layer_norm", "rms_norm", "ffn", "embedding", "adamw",
-    "rotary", "cross_entropy", "linear_cross_entropy",
+    "rotary", "cross_entropy", "linear_cross_entropy", "quantized_linear",
 )  # fmt: skip
 # What may import what: a layer sees those before it.
 LAYERS = {

@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, int]] = {
     "cross_entropy": {"M": 5, "V": 11},
     "embedding": {"B": 2, "T": 3, "C": 8, "V": 11},
     "rotary": {"B": 1, "T": 3, "H": 4, "Hkv": 2, "D": 8, "norm": 1},
+    "quantized_linear": {"M": 3, "N": 16, "K": 32, "bits": 4},
     "adamw": {"C": 8, "L": 1, "V": 16},
 }
 GPT = {"B": 2, "T": 8, "L": 1, "H": 2, "C": 16, "V": 32}

@@ -34,6 +34,7 @@ from fastgpt.kernels.cross_entropy import (  # noqa: E402
 from fastgpt.kernels.embedding import embedding_bwd, embedding_fwd  # noqa: E402
 from fastgpt.kernels.ffn import WIDEST_FUSED, ffn_bwd, ffn_fwd  # noqa: E402
 from fastgpt.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd  # noqa: E402
+from fastgpt.kernels.quantized_linear import dequantize, quantized_linear_fwd  # noqa: E402
 from fastgpt.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd  # noqa: E402
 from fastgpt.kernels.rotary import rotary_fwd, rotary_norm_bwd  # noqa: E402
 from fastgpt.lab.cases import EXTRAS, attention_extras, refused  # noqa: E402
@@ -170,6 +171,22 @@ def adamw(
     return launch
 
 
+def quantized_linear(
+    M: int, K: int, dtype: torch.dtype, bits: int, group: int = 0, activation: str = "none",
+    N: int = 2304,
+) -> Launch:  # fmt: skip
+    def launch() -> None:
+        w = torch.empty(N, K * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+        shape = (N,) if group == 0 else (N, K // group, 2)[: 3 if bits == 4 else 2]
+        scale = torch.empty(shape, dtype=torch.float32 if bits == 8 else torch.bfloat16)
+        x = torch.empty(M, K, dtype=dtype)
+        quantized_linear_fwd(x, w, scale, torch.empty(N, dtype=dtype), activation)
+        if M == 1:
+            dequantize(w, scale, dtype)
+
+    return launch
+
+
 def rotary(D: int, R: int, dtype: torch.dtype, norm: bool, interleaved: bool) -> Launch:
     def launch() -> None:
         q, k, _ = torch.empty(2, 64, 24, D, dtype=dtype).split([16, 4, 4], 2)
@@ -252,6 +269,15 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
             for C, dtype, recompute in itertools.product((768, 770, 1600), DTYPES, (0, 1))
         ),
         *(
+            quantized_linear(M, K, dtype, bits, group, activation)
+            for M, dtype, (K, bits, group), activation in itertools.product(
+                (1, 8, 32, 128),
+                DTYPES,
+                ((768, 8, 0), (770, 8, 0), (768, 8, 16), (768, 8, 128), (768, 4, 32), (768, 4, 64)),
+                ("none", "gelu_tanh"),
+            )
+        ),
+        *(
             cross_entropy(V, dtype, options)
             for V, dtype, options in itertools.product(
                 (100, 32000, 50257, 50304, 131072), DTYPES, (True, False)
@@ -298,6 +324,12 @@ def test_every_kernel_compiles(target: str) -> None:
             ffn(768, torch.bfloat16, "gelu_tanh", 1, True, False, turned=True),
             ffn(768, torch.bfloat16, "silu", 2, False, True),
             ffn(WIDEST_FUSED + 8, torch.bfloat16, "gelu_tanh", 1, True, False),
+            quantized_linear(1, 768, torch.bfloat16, 8),
+            quantized_linear(1, 768, torch.bfloat16, 4, 32),
+            quantized_linear(8, 768, torch.bfloat16, 8),
+            quantized_linear(32, 768, torch.bfloat16, 4, 32, "gelu_tanh"),
+            quantized_linear(512, 768, torch.bfloat16, 8),
+            quantized_linear(512, 768, torch.bfloat16, 4, 32),
             rotary(64, 64, torch.bfloat16, True, False),
             rotary(128, 128, torch.bfloat16, True, False),
         ):
@@ -340,6 +372,8 @@ def test_three_sizes_compile_once() -> None:
             ends = torch.zeros(T // 32, dtype=torch.int32)
             few = T // 48
             attention_decode(q[:, :few], q, q, ends, None, None, None, 0.1, T, 0.0, few)
+            for M in (1, T):
+                quantized_linear(M, 768, x.dtype, 8, N=T)()
             cos = torch.empty(T, 32)
             rotary_fwd(q, q, cos, cos, None, None, 1e-6, False, False)
             rotary_norm_bwd(q, q, q, q, cos, cos, w[:64], w[:64], 1e-6, False)

@@ -79,6 +79,7 @@ def test_host_cost_counts_the_launches_of_an_op() -> None:
         "attention_decode, forward": 2,
         "rotary, forward": 1, "rotary, forward and backward": 3,
         "ffn, forward": 1, "ffn, forward and backward": 2,
+        "quantized_linear, forward": 1, "quantized_linear, forward and backward": 2,
         "cross_entropy, forward": 1, "cross_entropy, forward and backward": 2,
         "linear_cross_entropy, forward": 1, "linear_cross_entropy, forward and backward": 1,
         "adamw, forward": 2,

@@ -143,6 +143,7 @@ WHATS = {
     "rms_norm": ["y", "h", "dx", "dresidual", "dweight"],
     "embedding": ["h", "dwte", "dwpe"],
     "rotary": ["q", "k", "dq", "dk", "dq_weight", "dk_weight"],
+    "quantized_linear": ["y", "dx", "dbias"],
     "cross_entropy": ["loss", "dlogits"],
     "linear_cross_entropy": ["loss", "dx", "dweight"],
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 STOPPED = 130  # as a shell reports SIGINT
 OPS = (
     "attention", "attention_decode", "layer_norm", "rms_norm", "ffn", "linear_cross_entropy",
-    "cross_entropy", "embedding", "rotary", "adamw",
+    "cross_entropy", "embedding", "rotary", "quantized_linear", "adamw",
 )  # fmt: skip
 MODELS = ("step", "prefill", "decode")
 

@@ -367,7 +367,11 @@ OPS = {
         },
         tuple({"N": N, "K": 256} for N in (64, 128, 256)),
         {
-            "_row_kernel": {"launch": "N * K", "loop": "ROWS * LANES * 128 / BITS", "bytes": "BITS / 8"},
+            "_row_kernel": {
+                "launch": "N * K",
+                "loop": "ROWS * LANES * 128 / BITS",
+                "bytes": "BITS / 8",
+            },
             "_rows_kernel": {"launch": "N * K", "loop": "BLOCK_N * BLOCK_K", "bytes": "BITS / 8"},
             "_unpack_kernel": {"launch": "N * K", "bytes": "BITS / 8 + size"},
         },

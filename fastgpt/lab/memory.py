@@ -95,6 +95,14 @@ def _op(name: str, s: Sizes) -> tuple[Call, list[Tensor]]:
         wq, wk = (leaf(D) if s["norm"] == "rms" else None for _ in range(2))
         weights = [w for w in (wq, wk) if w is not None]
         return lambda: ops.rotary(q, k, cos, sin, q_weight=wq, k_weight=wk), weights
+    if name == "quantized_linear":
+        row, bits, group = leaf(s["M"], s["K"]), s["bits"], s["group"] or 32
+        byte = torch.int8 if bits == 8 else torch.uint8
+        weight = torch.zeros(s["N"], s["K"] * bits // 8, dtype=byte)
+        groups = s["K"] // group
+        shape = (s["N"], groups, 2) if bits == 4 else (s["N"], groups) if s["group"] else (s["N"],)
+        scale = torch.zeros(shape)
+        return lambda: ops.quantized_linear(row, weight, scale), [weight, scale]
     x = leaf(s["M"], s["C"])
     w1, b1, w2, b2 = (
         leaf(*shape) for shape in ((s["F"], s["C"]), (s["F"],), (s["C"], s["F"]), (s["C"],))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops as fused
+from fastgpt import quantized
 from fastgpt.lab import child, interpret, semantics
 from fastgpt.lab.launch import DTYPES, SHORT, Launch, load
 from fastgpt.lab.result import Checked, Number
@@ -38,6 +39,7 @@ WIDTHS: dict[str, tuple[tuple[int, ...], ...]] = {
     "rms_norm": ((1,), (13,), (63,), (65,), (127,), (129,), (768,)),
     "embedding": ((1,), (13,), (63,), (65,), (129,)),
     "rotary": ((1, 16), (2, 24), (3, 40), (2, 64)),  # (H, D)
+    "quantized_linear": ((13,), (24,), (32,), (96,)),
     "cross_entropy": ((1,), (2,), (63,), (65,), (257,)),  # V
     "linear_cross_entropy": ((8,), (16,), (24,), (40,)),
 }
@@ -194,6 +196,11 @@ def _problem(case: Case, device: torch.device) -> tuple[Op, tuple[str, ...], dic
         return partial(fused.embedding, ids), ("h",), inputs
     if case.op == "cross_entropy":
         return partial(fused.cross_entropy, target=ids), ("loss",), {"logits": draw(*shape)}
+    if case.op == "quantized_linear":
+        quantize = quantized.quantize_int8 if C % quantized.GROUP else quantized.quantize_int4
+        weight, scale = (t.to(device) for t in quantize(draw(V, C, scale=C**-0.5).cpu()))
+        linear = partial(fused.quantized_linear, weight=weight, scale=scale)
+        return linear, ("y",), {"x": draw(*shape), "bias": draw(V, scale=0.1)}
     if case.op == "linear_cross_entropy":
         inputs = {"x": draw(*shape), "weight": draw(V, C, scale=C**-0.5)}
         return partial(fused.linear_cross_entropy, target=ids), ("loss",), inputs

@@ -16,15 +16,13 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     if weight.dtype == torch.int8:
         per = scale[:, None] if scale.ndim == 1 else scale
-        q = weight.to(wide).unflatten(1, (per.shape[1], -1))
-        return (q * per.to(wide)[..., None]).flatten(1).to(dtype)
-    q = torch.stack((weight & 15, weight >> 4), -1).flatten(1).to(wide)
-    step, low = scale.to(wide).unbind(-1)
-    return (
-        torch.addcmul(low[..., None], q.unflatten(1, (step.shape[1], -1)), step[..., None])
-        .flatten(1)
-        .to(dtype)
-    )
+        w = weight.to(wide).unflatten(1, (per.shape[1], -1)) * per.to(wide)[..., None]
+    else:
+        step, low = (t[..., None] for t in scale.to(wide).unbind(-1))
+        q = torch.stack((weight & 15, weight >> 4), -1).flatten(1).to(wide)
+        w = torch.addcmul(low, q.unflatten(1, (scale.shape[1], -1)), step)
+    made: Tensor = w.flatten(1).to(dtype)
+    return made
 
 
 def quantized_linear_ref(
@@ -95,9 +93,7 @@ class QuantizedLinearFunction(torch.autograd.Function):
     """(x, weight, scale, bias) -> y, x and y as rows; weight and scale have no gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
         return forward_op(x, weight, scale, bias, None)  # type: ignore[no-any-return]
 

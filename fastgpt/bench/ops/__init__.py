@@ -11,6 +11,7 @@ from fastgpt.bench.ops import (
     ffn,
     layer_norm,
     linear_cross_entropy,
+    quantized_linear,
     rms_norm,
     rotary,
 )
@@ -25,5 +26,6 @@ OPS: dict[str, ModuleType] = {
     "cross_entropy": cross_entropy,
     "embedding": embedding,
     "rotary": rotary,
+    "quantized_linear": quantized_linear,
     "adamw": adamw,
 }

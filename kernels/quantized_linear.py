@@ -327,9 +327,10 @@ def _by_tiles(
     M, N = y.shape
     w, s, bits, K, group = _laid(weight, scale)
     x = _rows(x)
-    tile = quantized_tile(8 if M <= 8 else 32 if M <= 32 else 128, bits, group)
+    tile = quantized_tile(min(128, max(8, triton.next_power_of_2(M))), bits, group)
     blocks = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    each, splits = quantized_splits(blocks, cdiv(K, tile.block_k))
+    # Sums of all programs, 4 bytes each, are to be no more bytes than the weights are.
+    each, splits = quantized_splits(blocks, cdiv(K, tile.block_k), K * bits // (32 * M))
     bias = bias if bias is None else bias.contiguous()
     last = {"ACT": activation, "PTX": has_ptx(), "HAS_BIAS": bias is not None}
     out = y

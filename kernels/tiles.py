@@ -295,17 +295,18 @@ def quantized_tile(rows: int, bits: int, group: int) -> ProductTile:
     """Of a product with up to that many rows of x: block_m of them, block_n of the weight."""
     if chip() == "interpreter":
         return ProductTile(min(16, rows), 16, 4, 1, 32)
-    least = 8 if chip().startswith("sm_") else 16
-    stages = 2 if chip().startswith("gfx") else 4
+    nvidia = chip().startswith("sm_")
     if rows <= 32:
-        return ProductTile(max(least, rows), 64, 4, stages, 128)
-    return ProductTile(64, 128, 8, min(3, stages), 64)
+        return ProductTile(max(8 if nvidia else 16, rows), 64, 4, 4 if nvidia else 2, 128)
+    if rows <= 64 or not nvidia:
+        return ProductTile(64, 128, 8, 3 if nvidia else 2, 64)
+    return ProductTile(128, 128, 4, 3, 64 if chip() in ("sm_90", "sm_100") else 32)
 
 
-def quantized_splits(tiles: int, blocks: int) -> tuple[int, int]:
-    """Blocks of K that a program takes of a tile's, and how many programs share the tile: such that
-    there are 256 programs, or as many as blocks allow."""
-    each = cdiv(blocks, min(blocks, max(1, 256 // tiles)))
+def quantized_splits(tiles: int, blocks: int, most: int) -> tuple[int, int]:
+    """Blocks of K that a program takes of a tile's, and how many programs, at most so many, share
+    the tile: such that there are 256 programs, or as many as blocks allow."""
+    each = cdiv(blocks, max(1, min(blocks, most, 256 // tiles)))
     return each, cdiv(blocks, each)
 
 

@@ -213,7 +213,7 @@ def test_programs_that_share_a_tile_add_in_order(
     x = inputs(5, 17, 224, dtype, device)
     for each in (1, 2, 100):
         monkeypatch.setattr(
-            kernels, "quantized_splits", lambda _, blocks, each=each: (each, -(-blocks // each))
+            kernels, "quantized_splits", lambda _, blocks, __, each=each: (each, -(-blocks // each))
         )
         assert_right(weight, scale, x)
         first, second = (kernel(weight, scale, activation="gelu")(**x) for _ in range(2))

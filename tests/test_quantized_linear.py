@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastgpt
 from fastgpt.kernels import quantized_linear as kernels
 from fastgpt.kernels import tiles, tuned
+from fastgpt.lab import cases, traffic
 from fastgpt.layers import MLP
 from fastgpt.ops import quantized_linear, quantized_linear_ref, register_flop_formulas
 from fastgpt.ops.backend import INTERPRET
@@ -19,7 +20,7 @@ from fastgpt.ops.ffn import ACTIVATIONS
 from fastgpt.ops.quantized_linear import QuantizedLinearFunction, dequantize
 from fastgpt.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize_int4, quantize_int8
 from tests.check import assert_compiled_gradients_match, assert_matches, assert_one_graph
-from tests.conftest import DTYPES, SANITIZED
+from tests.conftest import DTYPES, HAS_CUDA, SANITIZED
 
 KINDS = ["int8", "int8 groups", "int4"]
 
@@ -304,6 +305,21 @@ def test_layers_run_the_kernel(device: str) -> None:
         mlp.c_fc.register_forward_hook(lambda module, args, y: seen.append(y))
         torch.testing.assert_close(mlp(x), got[0], atol=1e-5, rtol=1e-5)
         assert bool((seen[0] < -0.5).any())  # gelu gives no such numbers
+
+
+@pytest.mark.skipif(HAS_CUDA or INTERPRET, reason="counts in a process of its own")
+def test_weights_are_read_once_as_they_are_stored() -> None:
+    """By one row and by eight; x and what belongs to columns once a program."""
+    N, K = 128, 256
+    for bits, scales in ((8, 4 * N), (4, 2 * 2 * N * K // 32)):
+        launches = cases.launches(f"quantized_linear:M=8,N={N},K={K},bits={bits}", "sm_90")
+        found, _ = traffic.measure(launches, "sm_90", timeout=60.0)
+        loaded = {t.kernel.partition(".")[2]: t.loaded for t in found}
+        stored = N * K * bits // 8 + scales
+        assert loaded["_row_kernel"] == stored + 2 * N + N * (2 * K)  # N programs
+        splits = K // 128
+        again = (splits - 1) * scales if bits == 8 else 0  # of a row, by each that shares a tile
+        assert loaded["_rows_kernel"] == stored + again + N // 64 * (8 * 2 * K)
 
 
 # ------------------------------------------------------------------ the registered ops

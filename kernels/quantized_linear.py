@@ -13,8 +13,9 @@ are stored, and become numbers in registers; sums are float32. How depends on th
                              whatever M is, and x the right one, of 8 rows at least: no row of x is
                              made up to fill a tile of 16. Where so few tiles do not fill the chip,
                              programs share the columns of one; a second kernel adds their sums.
-    many                     W as numbers once, and the vendor's product: to read 1 byte a weight
-                             and write 2 takes less time than a product of so many rows loses
+    many, or of columns      W as numbers once, and the vendor's product: to read 1 byte a weight
+    that are no multiple     and write 2 takes less time than a product of so many rows loses
+    of 16
 
 The same input gives the same bits. Lin et al., AWQ, 2024, https://arxiv.org/abs/2306.00978; Frantar
 et al., MARLIN, 2025, https://arxiv.org/abs/2408.11743: weights as the left operand.
@@ -31,6 +32,7 @@ from fastgpt.kernels.product import place
 from fastgpt.kernels.tiles import (
     cdiv,
     has_ptx,
+    interpreting,
     on_device,
     quantized_row_tile,
     quantized_splits,
@@ -283,10 +285,12 @@ def quantized_linear_fwd(
     if M == 0:
         return y
     single = x.dtype == torch.float32
+    # Other rows are read by single elements, past the copies that run beside the products.
+    whole = x.shape[1] % 16 == 0 or interpreting()
     with on_device(x):
         if M == 1 or (single and M <= FEW):
             _one_by_one(x, weight, scale, bias, activation, y)
-        elif single or M > MANY:
+        elif single or M > MANY or not whole:
             return _activated(F.linear(x, dequantize(weight, scale, x.dtype), bias), activation)
         else:
             _by_tiles(x, weight, scale, bias, activation, y)
@@ -327,6 +331,8 @@ def _by_tiles(
     M, N = y.shape
     w, s, bits, K, group = _laid(weight, scale)
     x = _rows(x)
+    if x.data_ptr() % 16 or x.stride(0) % 8:
+        x = x.clone(memory_format=torch.contiguous_format)
     tile = quantized_tile(min(128, max(8, triton.next_power_of_2(M))), bits, group)
     blocks = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     # Sums of all programs, 4 bytes each, are to be no more bytes than the weights are.

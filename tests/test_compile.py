@@ -273,7 +273,15 @@ def configurations(target: str, every: bool) -> Iterator[Launch]:
             for M, dtype, (K, bits, group), activation in itertools.product(
                 (1, 8, 32, 128),
                 DTYPES,
-                ((768, 8, 0), (770, 8, 0), (768, 8, 16), (768, 8, 128), (768, 4, 32), (768, 4, 64)),
+                (
+                    (768, 8, 0),
+                    (770, 8, 0),
+                    (784, 8, 0),
+                    (768, 8, 16),
+                    (768, 8, 128),
+                    (768, 4, 32),
+                    (768, 4, 64),
+                ),
                 ("none", "gelu_tanh"),
             )
         ),

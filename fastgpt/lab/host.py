@@ -94,7 +94,7 @@ def of_op(name: str, target: str = "sm_90") -> list[HostCost]:
 
     x, w, w1, w2 = leaf(1, 32, 2, 16), leaf(16), leaf(32, 16), leaf(16, 32)
     ids, table = torch.zeros(1, 32, dtype=torch.int64), torch.zeros(32, 8)
-    q, s, row = torch.zeros(32, 16, dtype=torch.int8), torch.zeros(32), leaf(1, 16)
+    byte, step, row = torch.zeros(32, 16, dtype=torch.int8), torch.zeros(32), leaf(1, 16)
     p, m, v, g = (torch.zeros(16) for _ in range(4))
     group = ops.AdamWGroup([p], [g], [m], [v], [torch.zeros(())])
     q = x.detach()
@@ -105,7 +105,7 @@ def of_op(name: str, target: str = "sm_90") -> list[HostCost]:
         "layer_norm": (lambda: ops.layer_norm(x, w, w), x),
         "rms_norm": (lambda: ops.rms_norm(x, w), x),
         "ffn": (lambda: ops.ffn(x, w1, None, w2, None), x),
-        "quantized_linear": (lambda: ops.quantized_linear(row, q, s), row),
+        "quantized_linear": (lambda: ops.quantized_linear(row, byte, step), row),
         "embedding": (lambda: ops.embedding(ids, w1, w1), w1),
         "rotary": (lambda: ops.rotary(x, x, table, table, q_weight=w, k_weight=w)[0], x),
         "cross_entropy": (lambda: ops.cross_entropy(w1[None], ids), w1),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgpt import functional, huggingface, ops, optim
     from fastgpt.compress import compress
+    from fastgpt.generation.beam import beam_search
+    from fastgpt.generation.completion import complete
     from fastgpt.generation.tokens import generate, stream
     from fastgpt.interpret import capture_attention
     from fastgpt.model import GPT, GPTConfig
@@ -24,7 +26,9 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "GPTConfig",
+    "beam_search",
     "capture_attention",
+    "complete",
     "compress",
     "explain",
     "functional",
@@ -41,6 +45,7 @@ __all__ = [
 _MODULES = ("functional", "huggingface", "ops", "optim")
 _HOMES = {
     "GPT": "model", "GPTConfig": "model", "explain": "ops.backend", "use": "ops.backend",
+    "beam_search": "generation.beam", "complete": "generation.completion",
     "compress": "compress", "generate": "generation.tokens", "stream": "generation.tokens",
     "patch": "patching", "tune": "tune", "warmup": "warmup", "capture_attention": "interpret",
 }  # fmt: skip

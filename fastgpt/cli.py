@@ -1,5 +1,4 @@
-"""The command line: demo, prepare, train, compress, generate, explain, export, tune, bench, lab,
-plan.
+"""The command line: demo, prepare, train, compress, generate, chat, next, explain, export, ...
 
 Bad input ends it with one line on standard error and exit code 2. Under `python -X dev` the
 traceback comes too.
@@ -20,6 +19,8 @@ commands:
   train     train a GPT on text files
   compress  make a model's weights 8 or 4 bits each
   generate  continue a prompt with a trained model
+  chat      talk with a model that was trained on messages
+  next      show how likely each token is to come next
   explain   what a model looks at, and why it goes on with a text as it does
   export    write a trained model in Hugging Face's layout
   tune      measure tiles on this machine's GPU, and use the fastest from then on
@@ -48,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             out.reconfigure(errors="replace")  # type: ignore[union-attr]
     commands = {
         "demo": _demo, "prepare": _prepare, "train": _train, "compress": _compress,
-        "generate": _generate, "export": _export, "tune": _tune, "bench": _bench, "lab": _lab,
-        "plan": _plan, "explain": _explain,
+        "generate": _generate, "chat": _chat, "next": _next, "explain": _explain,
+        "export": _export, "tune": _tune, "bench": _bench, "lab": _lab, "plan": _plan,
     }  # fmt: skip
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -160,63 +161,21 @@ def _train(argv: list[str]) -> int:
 
 
 def _generate(argv: list[str]) -> int:
-    parser = _Parser("fastgpt generate", description="Continue a prompt with a trained model.")
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the folder of a run"
-    )
-    parser.add_argument("--prompt", default="", help="text to continue; none begins a document")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help="the most tokens; without it all the context has room for",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)"
-    )
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, help="draw among the likeliest with this probability"
-    )
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--samples", type=int, default=1, help="how many texts (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parser.parse_args(argv)
-    if args.samples < 1:
-        raise ValueError(f"generate: samples must be at least 1; got {args.samples}")
-    import torch
+    from fastgpt.generation.cli import generate
 
-    from fastgpt.generation.tokens import stream
-    from fastgpt.train import load
-    from fastgpt.train.device import pick_device
+    return generate(argv, _Parser)
 
-    device = pick_device(args.device)
-    model, tokenizer = load(args.checkpoint, device)
-    ids = tokenizer.encode(args.prompt)
-    if not ids:
-        if tokenizer.eos is None:
-            raise ValueError("generate: this tokenizer has no end of text; give a prompt")
-        ids = [tokenizer.eos]
-    room = model.config.block_size - len(ids)
-    new = max(room, 1) if args.max_new_tokens is None else args.max_new_tokens
-    seed = int(torch.randint(2**62, ())) if args.seed is None else args.seed
-    for n in range(args.samples):
-        if n:
-            print("\n---")
-        tokens = stream(
-            model,
-            torch.tensor([ids], device=device),
-            new,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=seed + n,
-            eos=tokenizer.eos,
-        )
-        print(args.prompt, end="", flush=True)
-        for piece in tokenizer.stream(int(token) for token in tokens):
-            print(piece, end="", flush=True)
-    print()
-    return 0
+
+def _chat(argv: list[str]) -> int:
+    from fastgpt.generation.cli import chat
+
+    return chat(argv, _Parser)
+
+
+def _next(argv: list[str]) -> int:
+    from fastgpt.generation.cli import next_token
+
+    return next_token(argv, _Parser)
 
 
 def _compress(argv: list[str]) -> int:

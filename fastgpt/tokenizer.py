@@ -178,6 +178,11 @@ class Tokenizer:
                 table[id] = bytes(byte_of[c] for c in token)
         return table
 
+    def name(self, id: int) -> str | None:
+        """What the vocabulary calls an id: of a special token its name, as <|endoftext|>."""
+        name = self._inner.id_to_token(id)
+        return None if name is None else str(name)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids. Bytes that are no UTF-8 become U+FFFD.
 

@@ -19,7 +19,7 @@ LAYERS = {
     "kernels": 0, "ops": 1, "sharded": 1, "functional": 2, "norms": 2, "transformer": 2,
     "cache": 2, "layers": 2, "quantized": 2, "optim": 2, "config": 2, "model": 3, "layouts": 3,
     "gguf_file": 3, "pretrained": 3, "lora": 3, "adapters": 3,
-    "tokenizer": 4, "data": 4, "decode": 4, "decoder": 4, "generation": 4, "parallel": 4,
+    "tokenizer": 4, "data": 4, "decode": 4, "decoder": 4, "generation": 5, "parallel": 4,
     "train": 5, "answers": 5,
     "compress": 6, "privacy": 6, "lab": 6, "interpret": 6,
     "demo": 7, "bench": 7, "huggingface": 5, "patching": 6, "cli": 8,
@@ -99,8 +99,8 @@ def test_importing_asks_nothing_of_the_machine(said: str) -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    ["--help", "demo --help", "generate --help", "bench --help", "bench compare --help",
-     "lab --help", "lab compare --help", "explain --help"],
+    ["--help", "demo --help", "generate --help", "chat --help", "next --help", "bench --help",
+     "bench compare --help", "lab --help", "lab compare --help", "explain --help"],
 )  # fmt: skip
 def test_help_does_without_torch(argv: str) -> None:
     """Which takes a second to import; benchmarks/test_start.py has the times."""

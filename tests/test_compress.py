@@ -189,7 +189,7 @@ def test_the_command(
     model, _ = load(out)
     assert model.config.quantized == "int8"
     assert [p.name for p in out.iterdir()] == ["step-00000060"]
-    assert main(["generate", "--checkpoint", str(out), "--prompt", "Rings", "--seed", "1"]) == 0
+    assert main(["generate", "Rings", "--model", str(out), "--seed", "1"]) == 0
     assert capsys.readouterr().out.startswith("Rings")
 
     trained().save_pretrained(tmp_path / "hf")

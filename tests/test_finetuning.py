@@ -317,7 +317,7 @@ def test_the_command_fine_tunes(
     model, _ = load(config.out)
     kinds = {name.split(".", 2)[2] for name, _ in lora.layers(model)}
     assert kinds == {"attn.c_attn", "mlp.c_proj"}
-    assert main(["generate", "--checkpoint", config.out, "--prompt", PAIRS[0][0], "--seed", "1",
+    assert main(["generate", PAIRS[0][0], "--model", config.out, "--seed", "1",
                  "--max-new-tokens", "3"]) == 0  # fmt: skip
     assert PAIRS[0][0] in capsys.readouterr().out
 

@@ -196,7 +196,7 @@ def document_of(where: str, record: object, config: DataConfig) -> Document:
             Segment(_string(where, record, "completion")),
         )
     elif "messages" in record:
-        made = tuple(_chat(where, record["messages"], config.turn))
+        made = tuple(chat(where, record["messages"], config.turn))
     else:
         raise ValueError(
             f"{where} must have {config.text_field}, or prompt and completion, or messages;"
@@ -218,7 +218,12 @@ def _string(where: str, record: Mapping[str, object], key: str) -> str:
     return value
 
 
-def _chat(where: str, messages: object, turn: str) -> Iterator[Segment]:
+def chat(where: str, messages: object, turn: str) -> Iterator[Segment]:
+    """The segments of a conversation; turn as in `DataConfig`.
+
+    Raises:
+        ValueError: messages are no list of roles and contents; where is what it begins with.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: messages must be a list of at least one message")
     before, after = turn.split("{content}")

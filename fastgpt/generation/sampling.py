@@ -69,6 +69,11 @@ class Sampling:
         """Whether the likeliest token is taken, and nothing drawn."""
         return self.temperature == 0.0
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether what came before has a say."""
+        return self.repetition_penalty != 1.0
+
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The distribution that the next token is drawn from.
 
@@ -79,7 +84,7 @@ class Sampling:
         Returns:
             (B, V) float32; one 1 a row where temperature is 0.
         """
-        logits = self._penalized(logits, seen)
+        logits = self.penalized(logits, seen)
         if self.greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         # From the largest logit down, so that a small temperature cannot overflow.
@@ -110,13 +115,14 @@ class Sampling:
             (B,) int64.
         """
         if self.greedy:
-            return self._penalized(logits, seen).argmax(-1)
+            return self.penalized(logits, seen).argmax(-1)
         return draw(self.probabilities(logits, seen), u)
 
-    def _penalized(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+    def penalized(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits (B, V), or log-probabilities, in float32, those of seen ids lowered."""
         # argmax of 16 bits is slower on a CPU, too.
         logits = logits.float()
-        if self.repetition_penalty == 1.0:
+        if not self.looks_back:
             return logits
         if seen is None:
             raise ValueError("generate: a repetition penalty needs the ids that were seen")

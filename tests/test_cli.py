@@ -300,7 +300,7 @@ def test_an_unwritable_folder_is_refused(
     [
         (
             ["fly"],
-            "fastgpt: the command must be one of demo, prepare, train, compress, generate, export,",
+            "fastgpt: the command must be one of demo, prepare, train, compress, generate, chat,",
         ),
         (["demo", "--minutes", "x"], "fastgpt demo: argument --minutes: invalid float value: 'x'"),
         (["demo", "--minutes", "0"], "train: max_seconds must be positive; got 0.0"),

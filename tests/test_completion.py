@@ -10,6 +10,7 @@ import fastgpt
 from fastgpt import GPT, GPTConfig, beam_search, complete, generate
 from fastgpt.generation.completion import Writing
 from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.speculative import Lookup
 from fastgpt.tokenizer import Tokenizer
 
 TEXT = "In year one a fox met nine dogs; 白日依山尽，黄河入海流。"
@@ -92,6 +93,21 @@ def test_text_stops_before_a_string_across_tokens(model: GPT) -> None:
     assert [p.id for p in streamed] == free[0].ids
     assert "".join(p.text for p in streamed) == free[0].text == TOKENIZER.decode(free[0].ids)
     assert not any("\ufffd" in p.text for p in streamed[:-1]) or "\ufffd" in free[0].text
+
+
+@to_come
+@pytest.mark.parametrize("draft", [Lookup(), "model"])
+def test_a_draft_changes_nothing_but_the_pace(model: GPT, draft: Any) -> None:
+    """What it draws is tested by tests/test_speculative.py."""
+    smaller = GPT(GPTConfig(32, V, n_layer=1, n_head=1, n_embd=8)) if draft == "model" else draft
+    options: dict[str, Any] = {"tokenizer": TOKENIZER, "temperature": 0.0, "eos": [9, 77]}
+    want = complete(model, ["In year one", "fox"], 12, **options, stop=["好", "a"])
+    got = complete(model, ["In year one", "fox"], 12, **options, stop=["好", "a"], draft=smaller)
+    assert got == want
+    drawn = complete(model, [[5], [6]], 9, n=3, seed=1, draft=smaller)
+    again = complete(model, [[6]], 9, n=3, seed=4, draft=smaller)
+    assert drawn[1] == again[0]
+    assert len({tuple(one.ids) for row in drawn for one in row}) == 6
 
 
 def test_what_was_written_so_far_is_there(model: GPT) -> None:
@@ -202,6 +218,7 @@ def test_all_beams_of_a_small_space_are_the_best_of_it() -> None:
         (lambda m: complete(m, [[1]], -1, overflow="slide"), "must not be negative; got -1"),
         (lambda m: complete(m, [[1]], overflow="slide"), "slides needs max_new_tokens; got none"),
         (lambda m: complete(m, [[1]], 4, overflow="cut"), "refuse or slide; got 'cut'"),
+        (lambda m: complete(m, [[1]], 4, draft=Lookup(), logprobs=0), "a draft goes with no .*"),
         (lambda m: beam_search(m, [[1]], 4, beams=0), "beams must be at least 1; got 0"),
         (lambda m: beam_search(m, [[1]], 4, n=5), "n must be from 1 to beams, 4; got 5"),
         (lambda m: beam_search(m, [[1]], 0), "max_new_tokens must be at least 1; got 0"),

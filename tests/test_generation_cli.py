@@ -126,6 +126,14 @@ def test_json_has_it_all(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_draft_gives_the_same_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "fox fox fox", "--model", str(run), "--temperature", "0"]
+    want = said(capsys, *args)
+    assert (
+        said(capsys, *args, "--draft", "lookup") == said(capsys, *args, "--draft", str(run)) == want
+    )
+
+
 def test_logprobs_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["generate", "fox", "--model", str(run), "--seed", "3", "--max-new-tokens", "6"]
     ((one,),) = complete(tiny(), ["fox"], 6, tokenizer=TOKENIZER, seed=3, logprobs=0,
@@ -449,6 +457,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["generate", "--length-penalty", "2"], "generate: --length-penalty is of beams; give --beams"),
     (["generate", "--early-stopping", "no"], "generate: --early-stopping is of beams; give --beam"),
     (["generate", "--beams", "2", "--max-new-tokens", "0"], "beam_search: max_new_tokens must be"),
+    (["generate", "--draft", "lookup", "--beams", "2"], "generate: --draft goes with no --beams"),
+    (["generate", "a", "--draft", "/none"], "from_pretrained: /none cannot be read; No such file"),
     # models
     (["generate", "a", "--model", "/none"], "from_pretrained: /none cannot be read; No such file"),
     (["generate", "a", "--model", "BAD"], "from_pretrained: BAD "),

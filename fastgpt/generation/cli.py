@@ -56,10 +56,18 @@ def generate(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
         "--logprobs", type=int, nargs="?", const=0, metavar="K",
         help="list the tokens with their log-probabilities, and the K likeliest at each",
     )  # fmt: skip
+    parser.add_argument(
+        "--draft", metavar="MODEL",
+        help="speculative decoding, with the same distribution: several tokens at a time are"
+        " proposed by a smaller model of the same vocabulary, or by what stood in the text before"
+        " (lookup), and kept where the model agrees",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     if args.beams is not None:
         _check_beams(args)
+    if args.draft is not None:
+        _check_draft(args)
     for name in ("length_penalty", "early_stopping"):
         if args.beams is None and getattr(args, name) is not None:
             raise ValueError(f"generate: --{name.replace('_', '-')} is of beams; give --beams")
@@ -87,7 +95,7 @@ def generate(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
         writing = Writing(
             model, [ids], args.max_new_tokens, tokenizer=tokenizer, n=args.n, sampling=sampling,
             seed=args.seed, eos=eos, stop=args.stop, logprobs=args.logprobs,
-            overflow=args.overflow,
+            overflow=args.overflow, draft=None if args.draft is None else _draft(args),
         )  # fmt: skip
         if not args.json and args.logprobs is None:
             stream_out(writing, text, args.n, tokenizer is not None)
@@ -248,6 +256,25 @@ def _check_beams(args: argparse.Namespace) -> None:
         raise ValueError("generate: --beams ends at tokens, by --stop-id, and goes with no --stop")
     if args.overflow == "slide":
         raise ValueError("generate: --beams goes with no --overflow slide")
+
+
+def _check_draft(args: argparse.Namespace) -> None:
+    """Refuse what does not go with speculative decoding."""
+    if args.overflow == "slide":
+        raise ValueError("generate: --draft goes with no --overflow slide")
+    for name in ("beams", "logprobs"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"generate: --draft goes with no --{name}; got {getattr(args, name)}")
+
+
+def _draft(args: argparse.Namespace) -> Any:
+    from fastgpt.generation.source import read_model
+    from fastgpt.generation.speculative import Lookup
+    from fastgpt.train.device import pick_device
+
+    if args.draft == "lookup":
+        return Lookup()
+    return read_model(args.draft, device=pick_device(args.device), texts=False)[0]
 
 
 def _check_text(text: str, name: str) -> None:

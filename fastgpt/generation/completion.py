@@ -6,13 +6,15 @@ gets, and rows that have ended leave the batch when half of it has.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgpt.decoder import Decoder
-from fastgpt.generation.sampling import Sampling, uniform
+from fastgpt.generation.sampling import Sampling, row_seeds, uniform
+from fastgpt.generation.speculative import Lookup, speculate
 from fastgpt.generation.stops import Text
 from fastgpt.generation.tokens import end_ids, fits, seen_ids
 from fastgpt.model import GPT
@@ -77,6 +79,7 @@ def complete(
     stop: Sequence[str] = (),
     logprobs: int | None = None,
     overflow: str = "refuse",
+    draft: GPT | Lookup | None = None,
 ) -> list[list[Completion]]:
     """Continue prompts.
 
@@ -99,6 +102,9 @@ def complete(
             "refuse" it; or "slide": what a `fastgpt.decoder.Decoder` that slides does. Of a prompt
             the newest tokens are read, as many as the context holds; whenever it is full, its newer
             half is kept and read anew.
+        draft: what proposes tokens for the model to keep or not, several at a time, see
+            `fastgpt.generation.speculative.speculate`. The distribution is the same, the text of a
+            seed is not; the rows are written one after the other.
 
     Returns:
         n continuations for each prompt.
@@ -110,7 +116,7 @@ def complete(
     writing = Writing(
         model, prompts, max_new_tokens, tokenizer=tokenizer, n=n,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty), seed=seed,
-        eos=eos, stop=stop, logprobs=logprobs, overflow=overflow,
+        eos=eos, stop=stop, logprobs=logprobs, overflow=overflow, draft=draft,
     )  # fmt: skip
     for _ in writing:
         pass
@@ -139,6 +145,7 @@ class Writing:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         overflow: str = "refuse",
+        draft: GPT | Lookup | None = None,
     ) -> None:
         V = model.config.vocab_size
         if n < 1:
@@ -149,14 +156,16 @@ class Writing:
             raise ValueError(f"generate: stop must be a list of strings, none empty; got {stop!r}")
         if stop and tokenizer is None:
             raise ValueError("generate: stop strings need a tokenizer; got none")
-        self._model, self._n, self._k = model, n, logprobs
+        if draft is not None and (logprobs is not None or overflow != "refuse"):
+            raise ValueError("generate: a draft goes with no logprobs and no overflow but refuse")
+        self._model, self._n, self._k, self._draft = model, n, logprobs, draft
         self._slides = overflow == "slide"
         self._sampling = Sampling() if sampling is None else sampling
         self._prompts = prompt_ids(prompts, model, tokenizer)
         self._most = room(model, self._prompts, max_new_tokens, overflow)
         self._ends = ends_of(eos, model, tokenizer)
         rows = len(self._prompts) * n
-        self._u = uniform(seed, rows, self._most)  # (max_new_tokens, rows)
+        self._seeds = row_seeds(seed, rows)
         table = [] if tokenizer is None else tokenizer.token_bytes
         self._texts = [Text(table, stop) for _ in range(rows)]
         self._made = [Completion() for _ in range(rows)]
@@ -174,6 +183,9 @@ class Writing:
     def __iter__(self) -> Iterator[Piece]:
         if not self._most:
             return
+        if self._draft is not None:
+            yield from self._drafted(self._draft)
+            return
         model, sampling, n = self._model, self._sampling, self._n
         device = model.wte.weight.device
         ids, lengths = padded(self._prompts)
@@ -185,9 +197,9 @@ class Writing:
             of = torch.arange(len(lengths), device=device).repeat_interleave(n)
             decoder.reorder(of)
             logits, seen = logits[of], None if seen is None else seen[of]
-        u = self._u.to(device)
+        u = uniform(self._seeds, len(rows), self._most).to(device)  # (max_new_tokens, rows)
         for step in range(self._most):
-            new = sampling.choose(logits, u[step, [row.number for row in rows]], seen)
+            new = sampling.choose(logits, u[step], seen)
             if seen is not None:
                 seen.scatter_(1, new[:, None], True)
             tokens = new.tolist()
@@ -202,9 +214,21 @@ class Writing:
             if len(left) <= len(rows) // 2:
                 keep = torch.tensor(left, device=device)
                 decoder.reorder(keep)
-                rows, new = [rows[at] for at in left], new[keep]
+                rows, new, u = [rows[at] for at in left], new[keep], u[:, keep]
                 seen = None if seen is None else seen[keep]
             logits = decoder.step(new)
+
+    def _drafted(self, draft: GPT | Lookup) -> Iterator[Piece]:
+        device = self._model.wte.weight.device
+        for number, seed in enumerate(self._seeds):
+            row, ids = _Row(number), torch.tensor([self._prompts[number // self._n]], device=device)
+            passes = speculate(
+                self._model, ids, self._most, draft, sampling=self._sampling, seed=seed
+            )
+            for count, id in enumerate(chain.from_iterable(passes), 1):
+                yield self._add(row, id, count == self._most, None)
+                if row.ended:
+                    break
 
     def _decoder(self, longest: int) -> Decoder:
         model, B = self._model, len(self._prompts)

@@ -156,6 +156,16 @@ def uniform(seed: int | Sequence[int] | None, B: int, n: int) -> Tensor:
     Returns:
         (n, B) float64 in [0, 1), column b from row b's own seed.
     """
+    columns = [np.random.default_rng(s).random(n) for s in row_seeds(seed, B)]
+    return torch.from_numpy(np.stack(columns, axis=1))
+
+
+def row_seeds(seed: int | Sequence[int] | None, B: int) -> list[int]:
+    """The seeds of B rows; see `uniform`.
+
+    Raises:
+        ValueError: they are not one a row, or one is negative.
+    """
     if seed is None:
         seed = int(torch.randint(0, 2**62, ()))
     seeds = [seed + b for b in range(B)] if isinstance(seed, int) else list(seed)
@@ -163,5 +173,4 @@ def uniform(seed: int | Sequence[int] | None, B: int, n: int) -> Tensor:
         raise ValueError(f"generate: there must be one seed a row, {B}; got {len(seeds)}")
     if min(seeds, default=0) < 0:
         raise ValueError(f"generate: a seed must not be negative; got {min(seeds)}")
-    columns = [np.random.default_rng(s).random(n) for s in seeds]
-    return torch.from_numpy(np.stack(columns, axis=1))
+    return seeds

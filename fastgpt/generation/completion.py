@@ -233,7 +233,7 @@ class Writing:
     def _decoder(self, longest: int) -> Decoder:
         model, B = self._model, len(self._prompts)
         if self._slides:
-            raise NotImplementedError("generate: overflow slide is yet to come")
+            return Decoder(model, B, full="slide")
         return Decoder(model, B, longest + self._most - 1)  # the last token is never fed back
 
     def _add(

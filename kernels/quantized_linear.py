@@ -101,9 +101,9 @@ def _nibble(half, I: tl.constexpr):
     return bits.to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * 16**I)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _row_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, stride_x, stride_w, stride_s, N, K,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, stride_x, stride_w, stride_s, M, N, K,
     BITS: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, PTX: tl.constexpr,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -111,8 +111,9 @@ def _row_kernel(
     where a row has one scale."""
     VEC: tl.constexpr = 128 // BITS  # columns of a lane
     EACH: tl.constexpr = 16 if BITS == 8 else 4  # bytes, or words, of a lane
-    m = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * ROWS
+    # Rows of x beside each other: those after the first find W in a cache.
+    m = (tl.program_id(0) % M).to(tl.int64)
+    first = tl.program_id(0) // M * ROWS
     n = tl.arange(0, ROWS)
     near = tl.minimum(n, N - 1 - first)
     lane = tl.arange(0, LANES)
@@ -317,9 +318,9 @@ def _one_by_one(
         w = (w if whole else w.contiguous().clone()).view(torch.int32)
     x = x if x.stride(1) == 1 else x.contiguous()
     tile = quantized_row_tile(N, K * bits // 8)
-    _row_kernel[(M, cdiv(N, tile.block_m))](
+    _row_kernel[(M * cdiv(N, tile.block_m),)](
         x, w, s, bias if bias is None else bias.contiguous(), y, x.stride(0), w.stride(0),
-        s.stride(0), N, K, BITS=bits, G=group, ACT=activation, PTX=has_ptx(),
+        s.stride(0), M, N, K, BITS=bits, G=group, ACT=activation, PTX=has_ptx(),
         HAS_BIAS=bias is not None, ROWS=tile.block_m, LANES=tile.block_n // 16,
         **tile.options,
     )  # fmt: skip

@@ -305,8 +305,9 @@ def quantized_tile(rows: int, bits: int, group: int) -> ProductTile:
 
 def quantized_splits(tiles: int, blocks: int, most: int) -> tuple[int, int]:
     """Blocks of K that a program takes of a tile's, and how many programs, at most so many, share
-    the tile: such that there are 256 programs, or as many as blocks allow."""
-    each = cdiv(blocks, max(1, min(blocks, most, 256 // tiles)))
+    the tile: such that there are 256 programs, of 4 blocks or more each, for to add up their sums
+    takes one more launch."""
+    each = cdiv(blocks, max(1, min(blocks // 4, most, 256 // tiles)))
     return each, cdiv(blocks, each)
 
 

@@ -358,8 +358,8 @@ OPS = {
         _quantized_linear,
         {
             "M": 8,
-            "N": 2304,
-            "K": 768,
+            "N": 768,
+            "K": 3072,
             "bits": 8,
             "group": 0,
             "dtype": "bf16",

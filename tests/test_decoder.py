@@ -1,5 +1,7 @@
 """What a Decoder gives, whatever was done before, are the logits of each row's tokens alone."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastgpt
 from fastgpt.cache import KVCache, rolling_room
 from fastgpt.decoder import Decoder
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.ops.library import implementations
+from tests.conftest import SANITIZED, launched
 
 V, LENGTH, WINDOW = 61, 160, 9
 SHAPE = GPTConfig(block_size=LENGTH, vocab_size=V, n_layer=2, n_head=4, n_embd=32)
@@ -52,7 +58,7 @@ class Rows:
 
     def new(self, T: int) -> Tensor:
         self.seed += 1
-        return tokens(len(self.rows), T, self.seed)
+        return tokens(len(self.rows), T, self.seed).to(self.model.wte.weight.device)
 
     def add(self, ids: Tensor, counts: list[int]) -> None:
         length = self.decoder.length
@@ -67,7 +73,9 @@ class Rows:
         """The logits after the last tokens of each row: (B, V) or (B, last, V)."""
         assert self.decoder.lengths == [len(row) for row in self.rows]
         for b, row in enumerate(self.rows):
-            want = self.model(torch.tensor([row]))[0, -last:]
+            ids = torch.tensor([row], device=logits.device)
+            with fastgpt.use("reference"):
+                want = self.model(ids)[0, -last:]
             close(logits[b].view(last, V), want)
 
     def prefill(self, T: int, lengths: list[int] | None = None) -> None:
@@ -293,3 +301,119 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
         rows.decoder.step(torch.tensor([3, 1]))
     rows.truncate([5, 6])
     assert rows.decoder.lengths == [5, 6]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["gpt2", "llama, window, qk_norm"])
+def test_kernels_give_the_logits_of_the_whole(
+    shape: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fastgpt.cache.PAGE", "fastgpt.cache.SPARE", "fastgpt.decoder.SPARE"):
+        monkeypatch.setattr(name, 16)
+    model = model_of(shape, n_layer=1, n_head=2, n_embd=16, n_kv_head=1).to(device)
+    with fastgpt.use("triton"):
+        rows = Rows(model, 2, graphs=False, room=4)
+        rows.prefill(6, [6, 2])
+        rows.step()
+        rows.extend(2)
+        rows.truncate([8, 5])
+        rows.reorder([1, 0])
+        rows.step()
+        if model.config.window is not None:
+            rows.prefill(28, [28, 20])
+            assert max(rows.decoder.lengths) > rows.decoder.cache.slots
+            rows.extend(2)
+            rows.step()
+
+
+class Ops(TorchDispatchMode):
+    """Counts products, also those of fastgpt's ops, and what else is called beside these ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.others, self.inside = 0, Counter[str](), False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        if name.startswith("fastgpt::"):
+            self.inside = True
+            with self:
+                made = implementations[name.partition("::")[2]](*args, **kwargs)
+            self.inside = False
+            return made
+        if name in ("aten::mm", "aten::addmm", "aten::linear"):
+            self.products += 1
+        elif not self.inside:
+            self.others[name] += 1
+        return func(*args, **kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape, most", [("gpt2", 9), ("llama", 11)])
+def test_how_many_launches_a_layer_of_a_step_takes(shape: str, most: int, device: str) -> None:
+    """Two norms, four products, an activation, attention in two parts; llama turns q and k, and
+    has a gate. In 16 bits ffn's first products and its activation are one launch: 8 and 9."""
+    counts = []
+    for layers in (1, 2):
+        model = model_of(shape, n_layer=layers).to(device)
+        decoder = Decoder(model, 1, graphs=False)
+        decoder.prefill(tokens(1, 3).to(device))
+        kernels = launched.total()
+        with Ops() as ops:
+            decoder.step(tokens(1, 1)[0].to(device))
+        counts.append((launched.total() - kernels, ops.products, ops.others))
+    (k1, p1, o1), (k2, p2, o2) = counts
+    views = {f"aten::{name}" for name in ("view", "reshape", "split_with_sizes", "unbind")}
+    assert 0 < p2 - p1 and k2 - k1 + p2 - p1 <= most and set(o2 - o1) <= views
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or SANITIZED, reason="needs CUDA graphs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_graph_serves_all_positions(shape: str, dtype: torch.dtype, device: str) -> None:
+    model = model_of(shape, n_embd=64).to(device, dtype)
+    ids = tokens(3, LENGTH).to(device)
+    pair = [Decoder(model, 3, graphs=graphs, room=24) for graphs in (True, False)]
+    captured = pair[0]
+    rolls, graphs = captured.cache.rolls, set()
+
+    def same(call: Callable[[Decoder], Tensor]) -> None:
+        got, want = (call(decoder) for decoder in pair)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+        assert pair[0].lengths == pair[1].lengths
+        assert pair[0].cache.at.tolist() == pair[0].lengths
+        graphs.update(id(g) for g in captured._graphs.values())
+
+    same(lambda d: d.prefill(ids[:, :9], [9, 2, 5]))
+    for t in range(9, 150):
+        same(lambda d, t=t: d.step(ids[:, t]))
+    assert len(graphs) == (1 if rolls else 4)  # rooms of 24, 48, 96 and 160 positions
+    same(lambda d: d.extend(ids[:, 150:153]))
+    for decoder in pair:
+        decoder.truncate([n - 2 for n in decoder.lengths])
+        decoder.reorder(torch.tensor([2, 0, 1], device=device))
+    same(lambda d: d.extend(ids[:, 4:7]))
+    same(lambda d: d.step(ids[:, 5]))
+    for decoder in pair:
+        decoder.reorder(torch.tensor([1, 0], device=device))
+    same(lambda d: d.step(ids[:2, 5]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.9)
+    same(lambda d: d.step(ids[:2, 6]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or SANITIZED, reason="needs CUDA graphs")
+def test_a_captured_step_waits_for_nothing(device: str) -> None:
+    decoder = Decoder(model_of("llama").to(device), 2)
+    token = tokens(2, 1)[:, 0].to(device)
+    decoder.prefill(tokens(2, 5).to(device), [5, 3])
+    decoder.step(token)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            decoder.step(token)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from fastgpt.decoder import Decoder
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.ops.library import implementations
 from tests.conftest import SANITIZED, launched
+from tests.test_pretrained_gpt2 import GREEDY, microformer  # noqa: F401
 
 V, LENGTH, WINDOW = 61, 160, 9
 SHAPE = GPTConfig(block_size=LENGTH, vocab_size=V, n_layer=2, n_head=4, n_embd=32)
@@ -303,6 +306,24 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
     assert rows.decoder.lengths == [5, 6]
 
 
+@torch.no_grad()
+def test_real_weights_give_hugging_faces_logits_and_ids(microformer: Path) -> None:  # noqa: F811
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(microformer)
+    decoder = Decoder(GPT.from_pretrained(microformer), 2)
+    prompt = torch.tensor([GREEDY[:5], [2, 0, 0, 0, 0]])
+    logits = decoder.prefill(prompt, [5, 1])
+    rows = [GREEDY[:5], GREEDY[:1]]
+    for _ in range(20):
+        token = logits.argmax(-1)
+        for row, new, got in zip(rows, token.tolist(), logits, strict=True):
+            want = theirs(torch.tensor([row])).logits[0, -1]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            row.append(new)
+        logits = decoder.step(token)
+    assert rows == [GREEDY[:25], GREEDY[:21]]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["gpt2", "llama, window, qk_norm"])
 def test_kernels_give_the_logits_of_the_whole(
@@ -376,7 +397,8 @@ def test_one_graph_serves_all_positions(shape: str, dtype: torch.dtype, device: 
     ids = tokens(3, LENGTH).to(device)
     pair = [Decoder(model, 3, graphs=graphs, room=24) for graphs in (True, False)]
     captured = pair[0]
-    rolls, graphs = captured.cache.rolls, set()
+    rolls = captured.cache.rolls
+    graphs: set[int] = set()
 
     def same(call: Callable[[Decoder], Tensor]) -> None:
         got, want = (call(decoder) for decoder in pair)
@@ -387,7 +409,7 @@ def test_one_graph_serves_all_positions(shape: str, dtype: torch.dtype, device: 
 
     same(lambda d: d.prefill(ids[:, :9], [9, 2, 5]))
     for t in range(9, 150):
-        same(lambda d, t=t: d.step(ids[:, t]))
+        same(partial(Decoder.step, token=ids[:, t]))
     assert len(graphs) == (1 if rolls else 4)  # rooms of 24, 48, 96 and 160 positions
     same(lambda d: d.extend(ids[:, 150:153]))
     for decoder in pair:

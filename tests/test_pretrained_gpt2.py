@@ -28,6 +28,7 @@ CONFIGS = {
     "relu": replace(SMALL, activation="relu"),
     "llama": LLAMA,
     "llama, untied": replace(LLAMA, tied=False, activation="gelu_tanh"),
+    "mistral": replace(LLAMA, window=5),
 }
 
 

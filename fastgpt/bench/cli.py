@@ -43,6 +43,11 @@ def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
         help="sizes, as T=128,512 B=4; every combination is timed",
     )  # fmt: skip
     parser.add_argument(
+        "--positions", type=_numbers, metavar="N,N,...",
+        help="with decode alone: one step with so many positions held, beside what reading them"
+        " must take",
+    )  # fmt: skip
+    parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "float16", "bfloat16", "autocast", "int8"),
         help="float32; bfloat16 on a GPU; autocast, bfloat16 products of float32 weights, is for"
         " step, int8 weights are for decode",
@@ -74,6 +79,11 @@ def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"bench: --out must end in .json; got {args.out}")
 
+    if args.positions and (args.what != ["decode"] or args.sweep or args.modes or args.html):
+        raise ValueError("bench: --positions goes with decode alone, without sizes and --html")
+    if args.positions and (args.rounds < 3 or len(set(args.dtype or [])) > 1):
+        raise ValueError("bench: --positions needs at least 3 rounds, and one --dtype at most")
+
     import torch
 
     from fastgpt.bench.run import Wanted, bench, default_name
@@ -86,6 +96,17 @@ def main(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
         raise ValueError("bench: --device cuda needs a GPU that torch sees; there is none")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.positions:
+        from fastgpt.bench import positions
+
+        dtype = (args.dtype or ["bfloat16" if device == "cuda" else "float32"])[0]
+        if dtype in ("autocast", "int8"):
+            raise ValueError(f"bench: --positions is of weights of 16 or 32 bits; got {dtype}")
+        Shown(args.markdown, None, args.png).check()
+        positions.run(
+            args.positions, args.rounds, getattr(torch, dtype), device, args.markdown, args.png
+        )
+        return 0
     wanted = Wanted(
         what=tuple(args.what) or OPS,
         device=device,
@@ -136,6 +157,17 @@ def _show(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
     if written:
         print(", ".join(map(str, written)))
     return 0
+
+
+def _numbers(word: str) -> tuple[int, ...]:
+    """1,2,3 as numbers, in their order."""
+    try:
+        values = tuple(sorted({int(n) for n in word.split(",")}))
+    except ValueError:
+        values = ()
+    if not values or values[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be N,N,... from 1 on; got {word!r}")
+    return values
 
 
 def _values(word: str) -> tuple[str, tuple[int, ...]]:

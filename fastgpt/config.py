@@ -55,7 +55,7 @@ class GPTConfig:
         vocab_size: ids are 0 .. vocab_size - 1.
         n_layer: blocks.
         n_head: attention heads of a block.
-        n_embd: width; n_embd / n_head is the head dimension, a multiple of 8, at most 256.
+        n_embd: width.
         dropout: probability, in training mode, after the embedding, on attention weights and on
             every branch.
         bias: whether linear layers and layer norms have a bias; if None as the variant has it,
@@ -64,6 +64,7 @@ class GPTConfig:
             "gelu_tanh" for "gpt2" and "silu" for "llama".
         variant: "gpt2", or "llama": rotary positions, RMS norm and a gated feed-forward.
         n_kv_head: heads of k and v, of which n_head is a multiple; n_head if None.
+        n_head_dim: elements of a head, a multiple of 8, at most 256; n_embd / n_head if None.
         n_inner: width of the feed-forward inside; if None 4 n_embd, or for "llama" 8/3 n_embd,
             rounded up to a multiple of 64.
         norm_eps: added to variances and mean squares.
@@ -90,6 +91,7 @@ class GPTConfig:
     activation: str | None = None
     variant: str = "gpt2"
     n_kv_head: int | None = None
+    n_head_dim: int | None = None
     n_inner: int | None = None
     norm_eps: float = 1e-5
     tied: bool = True
@@ -135,10 +137,10 @@ class GPTConfig:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head",
-                     "n_inner", "window"):  # fmt: skip
+        may_be_none = ("n_kv_head", "n_head_dim", "n_inner", "window")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", *may_be_none):
             value = getattr(self, name)
-            if value is None and name in ("n_kv_head", "n_inner", "window"):
+            if value is None and name in may_be_none:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"GPTConfig: {name} must be an int; got {value!r}")
@@ -154,15 +156,17 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: dropout must lie in [0, 1); got {self.dropout}")
 
     def _check_heads(self) -> None:
-        if self.n_embd % self.n_head:
+        if self.n_head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 "GPTConfig: n_embd must be a multiple of n_head;"
                 f" got n_embd {self.n_embd}, n_head {self.n_head}"
             )
         if (D := self.head_dim) % 8 or D > MAX_HEAD_DIM:
+            name, got = "n_head_dim", f"{D}"
+            if self.n_head_dim is None:
+                name, got = "n_embd / n_head", f"{self.n_embd} / {self.n_head} = {D}"
             raise ValueError(
-                f"GPTConfig: n_embd / n_head must be a multiple of 8, at most {MAX_HEAD_DIM};"
-                f" got {self.n_embd} / {self.n_head} = {D}"
+                f"GPTConfig: {name} must be a multiple of 8, at most {MAX_HEAD_DIM}; got {got}"
             )
         if self.n_head % self.kv_heads:
             raise ValueError(
@@ -178,7 +182,7 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         """Elements of a head."""
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.n_head_dim is None else self.n_head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -197,15 +201,15 @@ class GPTConfig:
 
         A multiply-add is two. Each weight of a linear layer takes 2 T, for GPT-2 in all
         2 T (12 n_layer C^2 + V C), attention, of which a causal model needs T (T + 1) / 2 pairs,
-        2 n_layer C T (T + 1), and fewer with a window. Training takes three times the forward pass:
-        each product has two in its backward.
+        2 n_layer H D T (T + 1), and fewer with a window. Training takes three times the forward
+        pass: each product has two in its backward.
         """
         attention = self.n_embd * (2 * self.n_head + 2 * self.kv_heads) * self.head_dim
         feed_forward = (3 if self.llama else 2) * self.n_embd * self.inner
         weights = self.n_layer * (attention + feed_forward) + self.vocab_size * self.n_embd
         beyond = 0 if self.window is None else max(0, T - self.window)
         pairs = (T * (T + 1) - beyond * (beyond + 1)) // 2
-        forward = 2 * T * weights + 4 * self.n_layer * self.n_embd * pairs
+        forward = 2 * T * weights + 4 * self.n_layer * self.n_head * self.head_dim * pairs
         return 3 * forward if training else forward
 
     @classmethod

@@ -69,7 +69,7 @@ def one_token(model: GPT, cache: KVCache, B: int) -> Callable[[Tensor], Tensor] 
     if not _plain(model):
         return None
     c, dtype = model.config, model.dtype
-    H, kv, D, C = c.n_head, c.kv_heads, c.head_dim, c.n_embd
+    H, kv, D = c.n_head, c.kv_heads, c.head_dim
     layers = [_layer(block, cache, n, B) for n, block in enumerate(model.h)]
     last = _norm(model.ln_f)
     head = _head(model, B)
@@ -112,7 +112,7 @@ def one_token(model: GPT, cache: KVCache, B: int) -> Callable[[Tensor], Tensor] 
                 q.unsqueeze(2), layer.keys.narrow(2, first, end - first),
                 layer.values.narrow(2, first, end - first), attn_mask=seen, enable_gqa=grouped,
             )  # fmt: skip
-            h = h + layer.c_proj(o.reshape(B, C))
+            h = h + layer.c_proj(o.reshape(B, H * D))
             h = h + layer.mlp(layer.ln_2(h))
         cache.advance(1)
         return head(last(h))

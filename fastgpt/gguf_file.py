@@ -33,8 +33,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kv = count({"attention.head_count_kv": heads} | meta, "attention.head_count_kv", source)
     width = count(meta, "embedding_length", source)
     names = {tensor.name for tensor in reader.tensors}
-    has = {"rope.scaling.type": "none", "expert_count": 0, "rope.dimension_count": width // heads,
-           "rope_freqs.weight": False}  # fmt: skip
+    D = meta.get("attention.key_length", width // heads)
+    has = {"rope.scaling.type": "none", "expert_count": 0, "rope.dimension_count": D,
+           "attention.value_length": D, "rope_freqs.weight": False}  # fmt: skip
     got = {name: meta.get(name, value) for name, value in has.items()}
     refuse(source, got | {"rope_freqs.weight": "rope_freqs.weight" in names}, has)
     theirs = {}
@@ -61,6 +62,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "n_head": heads,
         "n_embd": width,
         "n_kv_head": kv,
+        "n_head_dim": None if D * heads == width else D,
         "n_inner": said(meta, "feed_forward_length", source),
         "norm_eps": said(meta, "attention.layer_norm_rms_epsilon", source),
         "tied": "output.weight" not in names,

@@ -157,7 +157,7 @@ class CausalSelfAttention(nn.Module):
     that order.
 
     Args:
-        n_embd: width C, n_head times the head dimension D.
+        n_embd: width C.
         n_head: heads H.
         bias: whether the two linear layers have a bias.
         dropout: probability of dropping an attention weight, in training mode.
@@ -166,16 +166,17 @@ class CausalSelfAttention(nn.Module):
             by q_norm.weight and k_norm.weight, (D,), before they are turned; needs a turn.
         norm_eps: of those norms.
         window: how many positions a query sees, its own included; all if None.
+        head_dim: elements D of a head; C / H if None.
     """
 
     def __init__(
         self, n_embd: int, n_head: int, bias: bool = True, dropout: float = 0.0, *,
         n_kv_head: int | None = None, qk_norm: bool = False, norm_eps: float = 1e-6,
-        window: int | None = None,
+        window: int | None = None, head_dim: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         kv = n_head if n_kv_head is None else n_kv_head
-        if n_embd % n_head:
+        if head_dim is None and n_embd % n_head:
             raise ValueError(
                 f"CausalSelfAttention: n_embd must be a multiple of n_head; got {n_embd}, {n_head}"
             )
@@ -185,9 +186,9 @@ class CausalSelfAttention(nn.Module):
             )
         self.n_head, self.n_kv_head, self.dropout = n_head, kv, dropout
         self.window = window
-        D = n_embd // n_head
+        D = n_embd // n_head if head_dim is None else head_dim
         self.c_attn = nn.Linear(n_embd, (n_head + 2 * kv) * D, bias)
-        self.c_proj = nn.Linear(n_embd, n_embd, bias)
+        self.c_proj = nn.Linear(n_head * D, n_embd, bias)
         self.q_norm = RMSNorm(D, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(D, norm_eps) if qk_norm else None
 
@@ -206,17 +207,16 @@ class CausalSelfAttention(nn.Module):
             apart: whether to leave the sum with c_proj's bias to the caller, as a Branch.
             documents: if given, the rows end to end hold these, and each attends to itself alone.
         """
-        B, T, C = x.shape
         H, kv = self.n_head, self.n_kv_head
         with made_again(x, again):
-            qkv = _through(self.c_attn, x).view(B, T, H + 2 * kv, C // H)
+            qkv = _through(self.c_attn, x).unflatten(2, (H + 2 * kv, -1))  # (B, T, heads, D)
         p = self.dropout if self.training else 0.0
         if turn is None and cache is None and documents is None:
             o = ops.attention_packed(qkv, H, dropout_p=p, window=self.window)
         else:
             q, k, v = qkv.split([H, kv, kv], 2)  # (B, T, H, D), (B, T, Hkv, D) twice, views
             o = self._attend(q, k, v, p, cache, layer, turn, documents)
-        o, end = o.reshape(B, T, C), self.c_proj
+        o, end = o.reshape(*x.shape[:2], -1), self.c_proj
         if apart and lends(end, nn.Linear):
             return Branch(F.linear(o, end.weight), end.bias)
         return _whole(_through(end, o), apart)
@@ -325,7 +325,7 @@ class Block(nn.Module):
     LayerNorm and GatedMLP for MLP.
 
     Args:
-        n_embd, n_head, bias, n_kv_head, qk_norm, window: see CausalSelfAttention.
+        n_embd, n_head, bias, n_kv_head, qk_norm, window, head_dim: see CausalSelfAttention.
         activation, n_inner: see MLP and GatedMLP; a gated block needs n_inner.
         dropout: of attention weights and of every branch before it is added, in training mode.
         norm_eps: of all norms.
@@ -347,6 +347,7 @@ class Block(nn.Module):
         norm_eps: float = 1e-5,
         recompute: int = 1,
         window: int | None = None,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         if gated and n_inner is None:
@@ -355,7 +356,7 @@ class Block(nn.Module):
         self.ln_1 = new_norm(n_embd, bias, norm_eps, gated)
         self.attn = CausalSelfAttention(
             n_embd, n_head, bias, dropout, n_kv_head=n_kv_head, qk_norm=qk_norm, norm_eps=norm_eps,
-            window=window,
+            window=window, head_dim=head_dim,
         )  # fmt: skip
         self.ln_2 = new_norm(n_embd, bias, norm_eps, gated)
         self.mlp: GatedMLP | MLP

@@ -141,7 +141,7 @@ def weights_to(ours: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tenso
         t = ours[name]
         if len(names) == 3:
             kv = config.kv_heads * config.head_dim
-            parts = t.split([config.n_embd, kv, kv])
+            parts = t.split([config.n_head * config.head_dim, kv, kv])
         else:
             parts = (t.t() if not config.llama and name.endswith(_TURNED) else t,)
         # Copies of one storage's parts: safetensors writes no tensors that share one.
@@ -205,13 +205,12 @@ def _llama_shape(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads = count(config, "num_attention_heads", source)
     width = count(config, "hidden_size", source)
-    has = {"attention_bias": False, "mlp_bias": False, "rope_type": "default",
-           "head_dim": width // heads}  # fmt: skip
+    has = {"attention_bias": False, "mlp_bias": False, "rope_type": "default"}
+    head_dim = config.get("head_dim") or width // heads
     got = {
         "attention_bias": config.get("attention_bias") or False,
         "mlp_bias": config.get("mlp_bias") or False,
         "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "head_dim": config.get("head_dim") or width // heads,
     }
     refuse(source, got, has)
     return {
@@ -223,6 +222,7 @@ def _llama_shape(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "n_embd": width,
         "activation": _activation(said(config, "hidden_act", source), source),
         "n_kv_head": config.get("num_key_value_heads", heads),
+        "n_head_dim": None if head_dim * heads == width else head_dim,
         "n_inner": said(config, "intermediate_size", source),
         "norm_eps": said(config, "rms_norm_eps", source),
         "tied": config.get("tie_word_embeddings", False),
@@ -254,9 +254,14 @@ def shape_to(c: GPTConfig) -> dict[str, Any]:
             "rope_theta": c.rope_theta, "attention_bias": False, "mlp_bias": False,
             "bos_token_id": None, "eos_token_id": None,
         }  # fmt: skip
-    got = {"bias": c.bias, "n_kv_head": c.kv_heads, "window": c.window}
-    want = {"bias": True, "n_kv_head": c.n_head, "window": None}
-    refuse("the model", got, want, "save_pretrained")
+    has = {
+        "bias": True, "n_kv_head": c.n_head, "n_head x n_head_dim": c.n_embd, "window": None,
+    }  # fmt: skip
+    got = {
+        "bias": c.bias, "n_kv_head": c.kv_heads, "n_head x n_head_dim": c.n_head * c.head_dim,
+        "window": c.window,
+    }  # fmt: skip
+    refuse("the model", got, has, "save_pretrained")
     end = 50256 if c.vocab_size > 50256 else None
     return common | {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.block_size,

@@ -69,7 +69,7 @@ class GPT(nn.Module):
             Block(
                 c.n_embd, c.n_head, c.bias, c.dropout, c.activation, gated=c.llama,
                 n_kv_head=c.kv_heads, n_inner=c.inner, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
-                recompute=c.recompute, window=c.window,
+                recompute=c.recompute, window=c.window, head_dim=c.head_dim,
             )
             for _ in range(c.n_layer)
         )  # fmt: skip

@@ -20,6 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"n_kv_head": 2},
     "relu": {"activation": "relu"},
     "llama": {"variant": "llama", "n_kv_head": 2, "n_inner": 96},
+    "narrow": {"variant": "llama", "n_head": 3, "n_kv_head": 1, "n_head_dim": 32, "n_inner": 96},
     "qk_norm": {"variant": "llama", "qk_norm": True, "tied": False, "n_inner": 96},
 }
 

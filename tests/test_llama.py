@@ -45,7 +45,7 @@ def hugging_face(config: GPTConfig) -> Any:
             num_attention_heads=config.n_head, num_key_value_heads=config.kv_heads,
             max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tied,
+            tie_word_embeddings=config.tied, head_dim=config.head_dim,
         )
     )  # fmt: skip
     for p in theirs.parameters():

@@ -152,14 +152,14 @@ def test_gpt3_has_about_the_parameters_in_its_name(name: str) -> None:
     assert abs(n / said - 1.0) < 0.05
 
 
-@pytest.mark.parametrize("T", [1, 5, 16])
-def test_flops_are_those_that_torch_counts(T: int) -> None:
-    model = small()
+@pytest.mark.parametrize("T, change", [(1, {}), (5, {}), (16, {"n_head": 3, "n_head_dim": 8})])
+def test_flops_are_those_that_torch_counts(T: int, change: dict[str, Any]) -> None:
+    model = GPT(replace(SMALL, **change))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids(1, T))
     c = model.config
     # torch counts all T x T pairs, of which a causal model needs those with key <= query.
-    future = 2 * 2 * c.n_layer * c.n_embd * T * (T - 1) // 2
+    future = 2 * 2 * c.n_layer * c.n_head * c.head_dim * T * (T - 1) // 2
     assert counter.get_total_flops() - future == model.flops(T)
 
 
@@ -190,7 +190,9 @@ def test_optimizer_decays_matrices_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"bias": False}, {"activation": "relu"}, {"n_layer": 1}], ids=str
+    "change",
+    [{"bias": False}, {"activation": "relu"}, {"n_layer": 1}, {"n_head": 3, "n_head_dim": 8}],
+    ids=str,
 )
 def test_a_variant_trains(change: dict[str, Any]) -> None:
     model = GPT(replace(SMALL, **change))
@@ -279,6 +281,7 @@ def test_rejects_targets(y: Tensor, error: type[Exception], message: str) -> Non
             r"n_embd must be a multiple of n_head; got n_embd 32, n_head 3",
         ),
         ({"n_head": 8}, ValueError, r"a multiple of 8, at most 256; got 32 / 8 = 4"),
+        ({"n_head_dim": 12}, ValueError, r"n_head_dim must be a multiple of 8, .*; got 12"),
         ({"n_embd": 1024}, ValueError, r"a multiple of 8, at most 256; got 1024 / 2 = 512"),
         ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\); got 1.0"),
         ({"dropout": "no"}, TypeError, r"dropout must be a number; got 'no'"),

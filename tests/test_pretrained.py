@@ -47,6 +47,9 @@ def write_gguf(path: Path, theirs: Any, **fields: Any) -> Path:
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if c.head_dim * c.num_attention_heads != c.hidden_size:
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     if "tokenizer" in fields:
         told = json.loads(fields["tokenizer"].to_json())["model"]
@@ -81,7 +84,7 @@ def write_folder(path: Path, theirs: Any, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", [{}, {"tied": False}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"tied": False}, {"n_head_dim": 16}], ids=str)
 @pytest.mark.parametrize("write", [write_gguf, write_folder])
 def test_a_small_model_comes_through(write: Any, change: dict[str, Any], tmp_path: Path) -> None:
     config = replace(SMALL, **change)
@@ -114,7 +117,7 @@ def test_older_configurations_and_other_dtypes(tmp_path: Path) -> None:
         ),
         ({"attention_bias": True}, "must have attention_bias False; got True"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "have rope_type 'default'; got 'llama3'"),
-        ({"head_dim": 16}, "must have head_dim 8; got 16"),
+        ({"head_dim": 16}, r"hold h.0.attn.c_attn.weight as \(128, 32\); got \(64, 32\)"),
         ({"hidden_size": "wide"}, "hidden_size as an int above 0; got 'wide'"),
         ({"hidden_act": "tanh"}, "have an activation of gelu_new, .*; got 'tanh'"),
         ({"intermediate_size": 40}, r"h.0.mlp.gate_proj.weight as \(40, 32\); got \(48, 32\)"),

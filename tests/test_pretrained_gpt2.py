@@ -27,6 +27,7 @@ CONFIGS = {
     "erf": replace(SMALL, activation="gelu", n_inner=40, norm_eps=1e-6, dropout=0.2),
     "relu": replace(SMALL, activation="relu"),
     "llama": LLAMA,
+    "llama, narrow": replace(LLAMA, n_head=2, n_kv_head=1, n_head_dim=8),
     "llama, untied": replace(LLAMA, tied=False, activation="gelu_tanh"),
     "mistral": replace(LLAMA, window=5),
 }
@@ -208,6 +209,10 @@ def test_refuses_weights_that_contradict_the_configuration(tmp_path: Path) -> No
     [
         (replace(SMALL, bias=False), "the model must have bias True; got False"),
         (replace(SMALL, n_kv_head=2), "the model must have n_kv_head 4; got 2"),
+        (
+            replace(SMALL, n_head=2, n_head_dim=8),
+            "the model must have n_head x n_head_dim 32; got 16",
+        ),
         (replace(LLAMA, qk_norm=True), "the model must have qk_norm False; got True"),
     ],
     ids=lambda c: "",

@@ -48,8 +48,9 @@ class FastGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         self, block_size: int = 1024, vocab_size: int = 50257, n_layer: int = 12, n_head: int = 12,
         n_embd: int = 768, dropout: float = 0.0, bias: bool | None = None,
         activation: str | None = None, variant: str = "gpt2", n_kv_head: int | None = None,
-        n_inner: int | None = None, norm_eps: float = 1e-5, rope_theta: float = 1e4,
-        qk_norm: bool = False, window: int | None = None, recompute: int = 1,
+        n_head_dim: int | None = None, n_inner: int | None = None, norm_eps: float = 1e-5,
+        rope_theta: float = 1e4, qk_norm: bool = False, window: int | None = None,
+        recompute: int = 1,
         quantized: str | None = None, tie_word_embeddings: bool = True, use_cache: bool = True,
         **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -288,11 +289,10 @@ def _run(
         x, h = block.ln_1(branch, h, p)
     entered = h
     attn = block.attn
-    B, T, C = x.shape
     H, kv = attn.n_head, attn.n_kv_head
-    q, k, v = attn.c_attn(x).view(B, T, H + 2 * kv, C // H).split([H, kv, kv], 2)
+    q, k, v = attn.c_attn(x).unflatten(2, (H + 2 * kv, -1)).split([H, kv, kv], 2)
     if turn is not None:
-        cos, sin = (t.expand(B, -1, -1) for t in turn)
+        cos, sin = (t.expand(x.shape[0], -1, -1) for t in turn)
         norms: dict[str, Any] = {}
         if attn.q_norm is not None and attn.k_norm is not None:
             norms = {"q_weight": attn.q_norm.weight, "k_weight": attn.k_norm.weight,
@@ -302,5 +302,5 @@ def _run(
     if cache is not None:
         k, v = cache.update(k, v, layer)
     o, w = attention(attn, q, k, v, mask, dropout=p, is_causal=True, output_attentions=weights)
-    x, h = block.ln_2(attn.c_proj(o.reshape(B, T, C)), h, p)
+    x, h = block.ln_2(attn.c_proj(o.flatten(2)), h, p)
     return block.mlp(x), h, entered, w

@@ -17,7 +17,7 @@ commands:
   demo      train a small GPT on real text in about two minutes, and show what it learned
   prepare   text, JSONL or a dataset to a corpus of token shards, for many runs
   train     train a GPT on text files
-  compress  make a model's weights 8 or 4 bits each
+  compress  make a model's weights 8 or 4 bits each, or fewer
   generate  continue a prompt with a trained model
   chat      talk with a model that was trained on messages
   next      show how likely each token is to come next
@@ -181,23 +181,50 @@ def _next(argv: list[str]) -> int:
 def _compress(argv: list[str]) -> int:
     parser = _Parser(
         "fastgpt compress",
-        description="Make a model's weights 8 or 4 bits each, and tell what it saves and costs.",
+        description="Make a model's weights 8 or 4 bits each, or remove heads and feed-forward"
+        " columns and train what is left a little; and tell what it saves and costs.",
     )
     parser.add_argument(
         "model", metavar="MODEL",
         help="a checkpoint, a run's folder, or what GPT.from_pretrained takes",
     )  # fmt: skip
-    parser.add_argument("--to", required=True, help="int8 or int4")
+    parser.add_argument(
+        "--to", required=True, action="append",
+        help="int8, int4, or prune=0.5 with the share of heads and columns to remove, after which"
+        " another --to int8 or --to int4 may follow",
+    )  # fmt: skip
     parser.add_argument(
         "--out", metavar="DIR", help="write it here, as what MODEL is; without it only the table"
     )
     parser.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text to predict, best one that was not trained on"
+        "--text", metavar="FILE",
+        help="UTF-8 text to predict, best one that was not trained on; or a corpus, as the folder"
+        " data of a run, of which the held-out part is predicted and the other may be trained on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train-text", metavar="FILE",
+        help="text like that it was trained on: tells what to prune, by gradients, and heals",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heal-steps", type=int, default=0,
+        help="optimizer steps on the training text after pruning (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heal-lr", type=float, default=3e-4, help="their learning rate (%(default)s)"
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args(argv)
     from fastgpt.compress import command
+    from fastgpt.train import Step
 
-    command(args.model, args.to, args.out, args.text)
+    def said(made: Step) -> None:
+        if made.step % max(1, args.heal_steps // 10) == 0:
+            print(f"heal: step {made.step}, loss {made.loss:.3f}", file=sys.stderr, flush=True)
+
+    command(
+        args.model, args.to, args.out, args.text, args.train_text, args.heal_steps, args.heal_lr,
+        args.device, said,
+    )  # fmt: skip
     return 0
 
 

@@ -1,9 +1,10 @@
-"""Smaller models: weights of 8 or 4 bits, what that saves and what it costs.
+"""Smaller models: weights of 8 or 4 bits, fewer of them, what that saves and what it costs.
 
     int8    a byte a weight and one scale a row; on a CPU with VNNI or AMX activations become bytes
             too, each row by its own range
     int4    half a byte a weight, with a scale and a least value for each 32; embedding and output
             layer stay int8
+    prune=0.5   half of the heads and of the feed-forward's columns go, see `fastgpt.prune`
 
 Rounding is to nearest, with no data: see `fastgpt.quantized`. Biases, norms and learned positions
 keep their dtype, which is that of what is computed.
@@ -11,7 +12,7 @@ keep their dtype, which is that of what is computed.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,34 +22,41 @@ from torch import Tensor
 
 from fastgpt import lora
 from fastgpt.config import QUANTIZED
+from fastgpt.data import Corpus, Part, read_text
 from fastgpt.generation.tokens import stream
 from fastgpt.model import GPT
+from fastgpt.prune import heal, prune, windows
 from fastgpt.quantized import Quantized, swap
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.train import Step
+from fastgpt.train.device import pick_device
 
 ROWS = 8  # of an evaluation's forward pass
 PROMPT, NEW = 16, 64  # tokens of a timing
+MOST = 2**18  # tokens of a corpus that are predicted
 TOKENIZER = "tokenizer.json"
 
 
-def compress(model: GPT, to: str) -> GPT:
-    """Quantise a model's linear layers and token embedding, in place.
+def compress(model: GPT, to: str, rows: Tensor | None = None) -> GPT:
+    """Make a model smaller, in place: quantise its linear layers and token embedding, or prune it.
 
-    The model then predicts and generates, without gradients to these weights. Its config says
-    quantized, so what is saved of it is loaded as it is.
+    A quantised model predicts and generates, without gradients to these weights. The config tells
+    what was done, so what is saved is loaded as it is. A pruned model is to be healed next, by
+    `fastgpt.prune.heal` or any other training, and may be quantised after.
 
     Args:
         model: of float weights; LoRA is merged.
-        to: "int8" or "int4".
+        to: "int8", "int4", or "prune=0.5" with the share to remove.
+        rows: (n, T + 1) int64, text that tells what to prune, see `fastgpt.prune.prune`.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: to is neither, the model is quantised, or its widths do not fit int4.
+        ValueError: to is none of these, the model is quantised, or its widths do not fit int4.
     """
-    if to not in QUANTIZED:
-        raise ValueError(f"compress: to must be {' or '.join(QUANTIZED)}; got {to!r}")
+    if (share := _share(to)) is not None:
+        return prune(model, share, rows)
     if model.config.quantized is not None:
         raise ValueError(
             f"compress: the model must have float weights; it has {model.config.quantized}"
@@ -58,6 +66,23 @@ def compress(model: GPT, to: str) -> GPT:
     swap(model, to)
     model.config = replace(model.config, quantized=to)
     return model.eval()
+
+
+def _share(to: str) -> float | None:
+    """What to remove by pruning; None for int8 and int4."""
+    if to in QUANTIZED:
+        return None
+    name, _, number = to.partition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if name != "prune" or not 0.0 < share < 1.0:
+        raise ValueError(
+            "compress: to must be int8, int4 or prune=SHARE with a share between 0 and 1;"
+            f" got {to!r}"
+        )
+    return share
 
 
 @dataclass(frozen=True)
@@ -164,44 +189,112 @@ def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     return lengths + [0] * (vocab_size - len(lengths))
 
 
-def command(source: str, to: str, out: str | None, text: str | None) -> None:
-    """Quantise a model from and to files, and print its table; see `fastgpt compress --help`.
+def command(
+    source: str, to: Sequence[str], out: str | None = None, text: str | None = None,
+    train_text: str | None = None, heal_steps: int = 0, heal_lr: float = 3e-4,
+    device: str = "cpu", on_step: Callable[[Step], None] = lambda made: None,
+) -> None:  # fmt: skip
+    """Make a model of files smaller, write it, print its table; see `fastgpt compress --help`.
 
     Raises:
-        ValueError: there is no such model; out is where it came from; the text has no tokenizer.
+        ValueError: there is no such model; out is where it came from; a text has no tokenizer, or
+            is the same twice; what is asked for does not go together.
     """
-    from fastgpt.data import read_text
-
-    if to not in QUANTIZED:
-        raise ValueError(f"compress: to must be {' or '.join(QUANTIZED)}; got {to!r}")
-    here = Path(source).expanduser()
-    if out is not None and Path(out).expanduser().resolve() == here.resolve():
-        raise ValueError(f"compress: out must be another folder than the model's; got {out}")
+    _check(source, to, out, text, train_text, heal_steps)
     model, tokenizer, step = _read(source)
-    tokens, lengths = None, None
-    if text is not None:
+    model.to(pick_device(device))
+    train, tokens, lengths = None, None, None
+    if text is not None or train_text is not None:
         if tokenizer is None:
-            raise ValueError(f"compress: a text needs {here / TOKENIZER}, which is not there")
-        tokens = torch.tensor(tokenizer.encode(read_text(text)))
+            file = Path(source).expanduser() / TOKENIZER
+            raise ValueError(f"compress: a text needs {file}, which is not there")
         lengths = token_lengths(tokenizer, model.config.vocab_size)
-        if len(tokens) < 2:
-            raise ValueError(f"compress: the text must be at least 2 tokens; got {len(tokens)}")
-    before = measure(model, tokens, lengths)
-    dtype = str(model.dtype).removeprefix("torch.")
-    compress(model, to)
-    print(table({dtype: before, to: measure(model, tokens, lengths)}))
+        train, tokens = _texts(text, train_text, tokenizer)
+    rows: dict[str, Measured] = {}
+    rows[str(model.dtype).removeprefix("torch.")] = measure(model, tokens, lengths)
+    for name in to:
+        prunes = name not in QUANTIZED
+        seen = None if train is None or not prunes else windows(train, model.config.block_size)
+        compress(model, name, seen)
+        rows[name] = measure(model, tokens, lengths)
+        if prunes and heal_steps and train is not None:
+            heal(model, train, heal_steps, lr=heal_lr, on_step=on_step)
+            rows[f"{name}, {heal_steps} steps"] = measure(model, tokens, lengths)
+    print(table(rows))
     if out is None:
         return
     if step is None or tokenizer is None:
-        model.save_pretrained(out)
+        own = _save(model, out)
         if tokenizer is not None:
             tokenizer.save(Path(out) / TOKENIZER)
     else:
         from fastgpt.train import CheckpointConfig
         from fastgpt.train.checkpoint import Checkpointer
 
+        own = False
         Checkpointer(out, CheckpointConfig(asynchronous=False)).save(step, model, tokenizer)
-    print(f"written: {out}")
+    print(f"written: {out}" + (", in a layout that fastgpt alone reads" if own else ""))
+
+
+def _check(
+    source: str, to: Sequence[str], out: str | None, text: str | None, train_text: str | None,
+    heal_steps: int,
+) -> None:  # fmt: skip
+    """See that the command's options go together, before any work is done."""
+    prunes = [_share(name) is not None for name in to]
+    if prunes not in ([True], [False], [True, False]):
+        raise ValueError(
+            "compress: to may be given twice, first prune=SHARE and then int8 or int4;"
+            f" got {', '.join(to)}"
+        )
+    if out is not None and Path(out).expanduser().resolve() == Path(source).expanduser().resolve():
+        raise ValueError(f"compress: out must be another folder than the model's; got {out}")
+    corpus = text is not None and Path(text).is_dir()
+    if heal_steps < 0:
+        raise ValueError(f"compress: heal-steps must not be negative; got {heal_steps}")
+    if heal_steps and not (prunes[0] and (corpus or train_text is not None)):
+        raise ValueError(
+            "compress: heal-steps need prune=SHARE, and train-text or a text that is a corpus"
+        )
+    if text is not None and train_text is not None and not corpus:
+        if Path(text).resolve() == Path(train_text).resolve():
+            raise ValueError(
+                f"compress: text must be another than train-text, which is learned; got {text}"
+            )
+
+
+def _texts(
+    text: str | None, train_text: str | None, tokenizer: Tokenizer
+) -> tuple[Part | None, Tensor | None]:
+    """What may be learned, and the ids to predict. A corpus has both."""
+    parts: dict[str, Part | None] = {}
+    for name, path, held_out in (("text", text, True), ("train-text", train_text, False)):
+        if path is None:
+            parts[name] = None
+        elif Path(path).is_dir():
+            corpus = Corpus.open(path, tokenizer)
+            parts[name] = corpus.held_out if held_out else corpus.train
+            if train_text is None:
+                parts["learned"] = corpus.train
+        else:
+            parts[name] = Part.of([tokenizer.encode(read_text(path))])
+    part = parts["text"]
+    if part is None:
+        return parts["train-text"], None
+    if len(part) < 2:
+        raise ValueError(f"compress: the text must be at least 2 tokens; got {len(part)}")
+    ids = part.read(0, min(len(part), MOST))[0]
+    return parts.get("learned", parts["train-text"]), torch.from_numpy(ids.astype("int64"))
+
+
+def _save(model: GPT, out: str) -> bool:
+    """Write a folder, in Hugging Face's layout if that has the shape; whether it is our own."""
+    try:
+        model.save_pretrained(out)
+        return model.config.quantized is not None
+    except ValueError:
+        model.save_pretrained(out, own=True)
+        return True
 
 
 def _read(source: str) -> tuple[GPT, Tokenizer | None, int | None]:

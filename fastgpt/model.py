@@ -113,7 +113,7 @@ class GPT(nn.Module):
 
         return from_pretrained(source, revision=revision, dtype=dtype, dropout=dropout)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, own: bool = False) -> None:
         """Write config.json and model.safetensors as Hugging Face's GPT-2 or Llama has them.
 
         transformers' AutoModelForCausalLM.from_pretrained(folder) loads them, and so does
@@ -122,15 +122,16 @@ class GPT(nn.Module):
 
         Args:
             folder: made if it is not there.
+            own: write the layout of `fastgpt.huggingface.FastGPTForCausalLM` instead, which has
+                every shape; that class and `from_pretrained` load it.
 
         Raises:
-            ValueError: Hugging Face's model has no such shape: a GPT-2 without biases or with fewer
-                heads of k and v, a Llama with qk_norm.
-                `fastgpt.huggingface.FastGPTForCausalLM` saves these.
+            ValueError: Hugging Face's model has no such shape: a GPT-2 without biases, with fewer
+                heads of k and v or with heads pruned, a Llama with qk_norm.
         """
         from fastgpt.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, own)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""

@@ -64,13 +64,13 @@ def from_pretrained(
     return model.eval()
 
 
-def save_pretrained(model: GPT, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: GPT, folder: str | os.PathLike[str], own: bool = False) -> None:
     """See `GPT.save_pretrained`."""
     folder = Path(folder).expanduser()
     ours = {name: t.detach().cpu() for name, t in merged_weights(model).items()}
-    if model.config.quantized is None:
+    if model.config.quantized is None and not own:
         config, weights = shape_to(model.config), weights_to(ours, model.config)
-    else:  # in no layout but our own
+    else:
         config = asdict(model.config) | {"model_type": "fastgpt"}
         config["tie_word_embeddings"] = config.pop("tied")
         weights = {f"gpt.{name}": t.contiguous() for name, t in ours.items()}

@@ -21,7 +21,7 @@ LAYERS = {
     "gguf_file": 3, "pretrained": 3, "lora": 3, "adapters": 3,
     "tokenizer": 4, "data": 4, "decode": 4, "decoder": 4, "generation": 5, "parallel": 4,
     "train": 5, "answers": 5,
-    "compress": 6, "privacy": 6, "lab": 6, "interpret": 6,
+    "compress": 6, "prune": 6, "privacy": 6, "lab": 6, "interpret": 6,
     "demo": 7, "bench": 7, "huggingface": 5, "patching": 6, "cli": 8,
     "tune_ops": 6, "tune": 7, "warmup": 7, "plan": 7,
 }  # fmt: skip

@@ -156,7 +156,7 @@ def test_transformers_is_told_no() -> None:
 @pytest.mark.parametrize(
     "make, to, message",
     [
-        (tiny, "int2", r"compress: to must be int8 or int4; got 'int2'"),
+        (tiny, "int2", r"compress: to must be int8, int4 or prune=.*; got 'int2'"),
         (lambda: compress(tiny(), "int8"), "int4", r"compress: .* float weights; it has int8"),
         (lambda: tiny(n_embd=48), "int4", r"Int4Linear: in_features must .*; got 48 and \d+"),
     ],
@@ -198,7 +198,7 @@ def test_the_command(
     assert GPT.from_pretrained(out).config.quantized == "int4"
     for bad, message in (
         ([str(run), "--to", "int8", "--out", str(run)], "compress: out must be another folder"),
-        ([str(run), "--to", "int3"], "compress: to must be int8 or int4; got 'int3'"),
+        ([str(run), "--to", "int3"], "compress: to must be int8, int4 or prune=SHARE "),
         ([str(tmp_path / "hf"), "--to", "int8", "--text", str(text)], "compress: a text needs "),
         ([str(tmp_path / "none"), "--to", "int8"], "from_pretrained: "),
     ):

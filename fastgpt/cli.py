@@ -232,7 +232,8 @@ def _export(argv: list[str]) -> int:
     parser = _Parser(
         "fastgpt export",
         description="Write a trained model as Hugging Face's libraries read it: model.safetensors,"
-        " config.json and tokenizer.json, with LoRA merged into the weights.",
+        " config.json and tokenizer.json; or as one GGUF file for llama.cpp; with LoRA merged into"
+        " the weights.",
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the folder of a run"
@@ -241,7 +242,9 @@ def _export(argv: list[str]) -> int:
         "--best", action="store_true",
         help="of a run, that with the lowest held-out loss; else the newest",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write, or a file NAME.gguf"
+    )
     args = parser.parse_args(argv)
     from fastgpt.train import checkpoint
 
@@ -249,7 +252,9 @@ def _export(argv: list[str]) -> int:
     if source is None:
         raise ValueError(f"export: --best needs a run with a held-out loss; got {args.checkpoint}")
     checkpoint.export(source, args.out)
-    print(f"{args.out}: model.safetensors, config.json, tokenizer.json")
+    gguf = args.out.endswith(".gguf")
+    files = "weights and tokenizer" if gguf else "model.safetensors, config.json, tokenizer.json"
+    print(f"{args.out}: {files}")
     return 0
 
 

@@ -1,6 +1,9 @@
-"""GGUF files of Llamas: llama.cpp's format, with quantised weights and a tokenizer."""
+"""GGUF files, llama.cpp's format: of Llamas, with quantised weights and a tokenizer, read; of both
+variants, written."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastgpt.layouts import count, refuse, said
+from fastgpt.config import GPTConfig
+from fastgpt.layouts import count, refuse, said, shape_to, their_names
+
+GPT2 = {
+    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output",
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -142,3 +152,110 @@ def _open(path: Path, op: str) -> tuple[Any, dict[str, Any]]:
 def first_line(error: Exception) -> str:
     """Of an error's text, or its type's name."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def write_gguf(
+    file: str | os.PathLike[str], weights: Mapping[str, Tensor], c: GPTConfig,
+    precision: str = "float32", tokenizer: str | None = None,
+) -> None:  # fmt: skip
+    """Write a GPT-2 or a Llama as llama.cpp takes it.
+
+    Args:
+        file: to write.
+        weights: GPT's state_dict.
+        c: the shape.
+        precision: of the matrices: float32, float16, bfloat16, or int8, which is Q8_0.
+        tokenizer: what the tokenizer.json of a byte-level BPE holds; None for a file without
+            vocabulary.
+
+    Raises:
+        ValueError: llama.cpp has no such model.
+        ImportError: the package gguf is not installed.
+    """
+    shape_to(c, "gguf")  # llama.cpp has no shape that Hugging Face's two lack
+    want = {"activation": "silu" if c.llama else "gelu_tanh", "quantized": None, "window": None}
+    refuse("the model", {n: getattr(c, n) for n in want}, want, "gguf")
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("gguf: needs the package gguf: pip install gguf") from None
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
+    if precision not in kinds:
+        raise ValueError(f"gguf: precision must be one of {', '.join(kinds)}; got {precision!r}")
+    kind = gguf.GGMLQuantizationType[kinds[precision]]
+    out = gguf.GGUFWriter(file, "llama" if c.llama else "gpt2")
+    out.add_context_length(c.block_size)
+    out.add_embedding_length(c.n_embd)
+    out.add_feed_forward_length(c.inner)
+    out.add_block_count(c.n_layer)
+    out.add_head_count(c.n_head)
+    out.add_vocab_size(c.vocab_size)
+    if c.llama:
+        out.add_head_count_kv(c.kv_heads)
+        out.add_key_length(c.head_dim)
+        out.add_value_length(c.head_dim)
+        out.add_rope_dimension_count(c.head_dim)
+        out.add_rope_freq_base(c.rope_theta)
+        out.add_layer_norm_rms_eps(c.norm_eps)
+    else:
+        out.add_layer_norm_eps(c.norm_eps)
+    _add_vocabulary(out, tokenizer, c.vocab_size)
+    for name, tensor in _named(weights, c).items():
+        values = tensor.detach().float().cpu().contiguous().numpy()
+        if values.ndim < 2 or name == "position_embd.weight":
+            out.add_tensor(name, values)
+        else:
+            out.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def _named(weights: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
+    """Under llama.cpp's names, a Llama's q and k with neighbours turned together."""
+    made = {}
+    if not c.llama:
+        for name, tensor in weights.items():
+            head, _, part = name.rpartition(".")
+            if head.startswith("h."):
+                _, layer, head = head.split(".", 2)
+                made[f"blk.{layer}.{GPT2[head]}.{part}"] = tensor
+            else:
+                made[f"{GPT2[head]}.{part}"] = tensor
+        return made
+    kv = c.kv_heads
+    for name, names in their_names(weights, c, "gguf").items():
+        sizes = [n * c.head_dim for n in (c.n_head, kv, kv)]
+        parts = weights[name].split(sizes) if len(names) == 3 else (weights[name],)
+        for n, (theirs, tensor) in enumerate(zip(names, parts, strict=True)):
+            if len(names) == 3 and n < 2:
+                h = (c.n_head, kv)[n]
+                tensor = rearrange(tensor, "(h two r) c -> (h r two) c", h=h, two=2)
+            made[theirs] = tensor
+    return made
+
+
+def _add_vocabulary(out: Any, tokenizer: str | None, vocab_size: int) -> None:
+    """The ids' tokens and merges, as llama.cpp's own converter writes GPT-2's."""
+    if tokenizer is None:
+        out.add_tokenizer_model("no_vocab")
+        return
+    told = json.loads(tokenizer)
+    names = {id: token for token, id in told["model"]["vocab"].items()}
+    special = {t["id"] for t in told["added_tokens"] if t["special"]}
+    names |= {t["id"]: t["content"] for t in told["added_tokens"]}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in told["model"]["merges"]]
+    normal, control, unused = 1, 3, 5  # gguf.TokenType
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("gpt-2")
+    out.add_token_list([names.get(n, f"[unused{n}]") for n in range(vocab_size)])
+    out.add_token_types(
+        [control if n in special else normal if n in names else unused for n in range(vocab_size)]
+    )
+    out.add_token_merges(merges)
+    if special:
+        end = min(special)
+        out.add_bos_token_id(end)
+        out.add_eos_token_id(end)
+    out.add_add_bos_token(False)

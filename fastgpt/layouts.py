@@ -231,8 +231,8 @@ def _llama_shape(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     }
 
 
-def shape_to(c: GPTConfig) -> dict[str, Any]:
-    """A config.json of Hugging Face's for the shape.
+def shape_to(c: GPTConfig, what: str = "save_pretrained") -> dict[str, Any]:
+    """A config.json of Hugging Face's for the shape; what is who refuses it.
 
     Raises:
         ValueError: none of Hugging Face's GPT-2, Llama and Mistral has the shape.
@@ -240,7 +240,7 @@ def shape_to(c: GPTConfig) -> dict[str, Any]:
     activation = ACTIVATIONS[str(c.activation)][0]
     common = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tied, "use_cache": True}
     if c.llama:
-        refuse("the model", {"qk_norm": c.qk_norm}, {"qk_norm": False}, "save_pretrained")
+        refuse("the model", {"qk_norm": c.qk_norm}, {"qk_norm": False}, what)
         rope = {"rope_type": "default", "rope_theta": c.rope_theta}
         kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         if c.window is not None:
@@ -261,7 +261,7 @@ def shape_to(c: GPTConfig) -> dict[str, Any]:
         "bias": c.bias, "n_kv_head": c.kv_heads, "n_head x n_head_dim": c.n_head * c.head_dim,
         "window": c.window,
     }  # fmt: skip
-    refuse("the model", got, has, "save_pretrained")
+    refuse("the model", got, has, what)
     end = 50256 if c.vocab_size > 50256 else None
     return common | {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.block_size,

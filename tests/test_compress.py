@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,23 @@ def test_the_loss_is_kept(
     assert abs(after.loss / before.loss - 1.0) < most
     assert after.weights < (0.35 if to == "int8" else 0.3) * before.weights
     assert after.memory > after.weights
+
+
+@torch.no_grad()
+def test_the_loss_of_real_weights_is_kept() -> None:
+    """Of genera as the model itself draws them, since none that it was not trained on are here."""
+    if (spec := find_spec("mgm")) is None or spec.origin is None:
+        pytest.skip("microformer-mgm is not installed, whose wheel carries the weights")
+    microformer = Path(spec.origin).parent / "resources" / "general_model"
+    model = GPT.from_pretrained(microformer)
+    ids = fastgpt.generate(model, torch.full((8, 1), 2), 47, temperature=1.0, seed=0)
+    before = model(ids[:, :-1], ids[:, 1:]).item()
+    assert before < 6.0  # of 9.2 for one that knows nothing
+    size = sum(t.nbytes for t in model.state_dict().values())
+    for to, most, share in (("int8", 0.01, 0.27), ("int4", 0.05, 0.2)):
+        small = compress(GPT.from_pretrained(microformer), to)
+        assert abs(small(ids[:, :-1], ids[:, 1:]).item() / before - 1.0) < most
+        assert sum(t.nbytes for t in small.state_dict().values()) < share * size
 
 
 @pytest.mark.parametrize("tied", [True, False])

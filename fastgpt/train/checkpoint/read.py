@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastgpt import lora
+from fastgpt.gguf_file import write_gguf
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.checkpoint.folder import (
@@ -86,17 +87,22 @@ def whole(folder: str | os.PathLike[str], training: bool = False) -> Path:
 
 def export(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Write a checkpoint's model in Hugging Face's layout: model.safetensors, config.json, and
-    tokenizer.json; with LoRA merged into its weights.
+    tokenizer.json; or as a GGUF file, llama.cpp's; with LoRA merged into its weights.
 
     Args:
         folder: a checkpoint, or the folder of a run, whose newest whole one is taken.
-        out: a folder; made if need be.
+        out: a folder, made if need be; or the name of a file, which ends in .gguf.
 
     Raises:
-        ValueError: it is no checkpoint of this library, or is damaged.
+        ValueError: it is no checkpoint of this library, or is damaged; the layout lacks its shape.
         OSError: out cannot be written.
+        ImportError: a GGUF file needs the package gguf, which is not installed.
     """
     model, tokenizer = load(folder)
+    if Path(out).suffix == ".gguf":
+        weights = lora.merged_weights(model)
+        write_gguf(out, weights, model.config, tokenizer=tokenizer.to_json())
+        return
     model.save_pretrained(out)
     tokenizer.save(Path(out) / TOKENIZER)
 

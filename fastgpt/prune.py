@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import lora
-from fastgpt.data import Part
+from fastgpt.data import DataConfig, Part
 from fastgpt.layers import Block, GatedMLP
 from fastgpt.model import GPT
 from fastgpt.tokenizer import MIN_VOCAB, Tokenizer
@@ -167,7 +167,7 @@ def windows(part: Part, T: int) -> Tensor:
 
 def heal(
     model: GPT, text: Part, steps: int, *, lr: float = 3e-4, rows: int = 8, seed: int = 0,
-    on_step: Callable[[Step], None] = lambda made: None,
+    packing: str = "concat", on_step: Callable[[Step], None] = lambda made: None,
 ) -> GPT:  # fmt: skip
     """Train a pruned model a little on text, in place, by `fastgpt.train`'s loop.
 
@@ -181,6 +181,7 @@ def heal(
         lr: the highest learning rate.
         rows: windows of block_size tokens a step.
         seed: of their order.
+        packing: "concat" or "documents", as `fastgpt.data.DataConfig` has it.
         on_step: told of every step.
 
     Returns:
@@ -194,7 +195,7 @@ def heal(
         raise ValueError(
             f"heal: the model must have float weights; it has {model.config.quantized}"
         )
-    if len(text) <= model.config.block_size:
+    if packing == "concat" and len(text) <= model.config.block_size:
         raise ValueError(
             f"heal: the text must be longer than the context, {model.config.block_size} tokens;"
             f" got {len(text)}"
@@ -202,6 +203,7 @@ def heal(
     dtype, device = model.dtype, model.ln_f.weight.device
     config = TrainConfig(
         seed=seed, steps=steps, device=str(device), batch=BatchConfig(rows=rows),
+        data=DataConfig(packing=packing),
         optim=OptimConfig(lr=lr), schedule=ScheduleConfig(warmup=steps // 10),
         eval=EvalConfig(every=0, windows=1),
     )  # fmt: skip

@@ -291,3 +291,12 @@ def test_refuses(call: Callable[[], Any], message: str) -> None:
 def test_windows_are_from_all_over_the_text() -> None:
     got = windows(Part.of([list(range(1000))]), 4)
     assert got.shape == (64, 5) and got[:, 0].tolist() == [n * 249 // 64 * 4 for n in range(64)]
+
+
+def test_documents_may_be_kept_apart() -> None:
+    """Two short ones fill no window of tokens end to end, and are learned as they are."""
+    model, text = model_of(), Part.of([[1, 2, 3, 4], [5, 6, 7]])
+    ids = torch.tensor([[1, 2, 3, 4]])
+    before = model(ids[:, :-1], ids[:, 1:]).item()
+    heal(model, text, 5, lr=1e-2, rows=1, packing="documents")
+    assert model(ids[:, :-1], ids[:, 1:]).item() < before

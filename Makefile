@@ -1,6 +1,6 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
-# make private questions writing  an example a target, each with a page in docs/
+# make private questions writing explain  an example a target, each with a page in docs/
 # make docs    docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-cpu test-interpreted test-sanitized sanitize-attention sanitize-rest lint \
-	docs clean private questions writing
+	docs clean private questions writing explain
 
 demo: .venv/train
 	$(BIN)/fastgpt demo
@@ -46,6 +46,14 @@ docs: .venv/dev
 
 private: .venv/examples
 	$(BIN)/python -m examples.private
+
+# Of the demo's model, which is trained if it is not there.
+EXPLAINED := The "for" statement is used to iterate over the elements of a sequence (such as a
+explain: .venv/examples
+	test -d runs/demo || $(BIN)/fastgpt demo
+	$(BIN)/fastgpt explain '$(EXPLAINED)' --checkpoint runs/demo --target ' list' \
+		--html runs/explain.html --png runs/explain
+
 questions: .venv/examples .venv/smollm2
 	$(BIN)/python -m examples.questions
 writing: .venv/examples

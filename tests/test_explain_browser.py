@@ -71,6 +71,10 @@ def test_quiet_alone_and_true_to_the_text(browser: "Browser", address: str) -> N
 
 def test_a_token_shows_where_it_looks(shown: "Page") -> None:
     T = len(explanation().tokens)
+    layer, head = explanation().strongest(1)[0]
+    assert close(shares(shown), weights(layer, head, T - 1)), "at first the head that matters most"
+    assert said(shown).startswith(f"Layer {layer}, head {head}: ")
+    shown.locator("#grid [role=gridcell]").nth(3).click()
     assert close(shares(shown), weights(1, None, T - 1))
     assert said(shown).startswith("Layer 1, mean of 2 heads: ")
     shown.locator(".tok").nth(3).hover()
@@ -200,7 +204,7 @@ def test_a_page_of_some_layers_heads_and_rows(
     page.write(found, tmp_path / "few.html")
     shown = opened(browser, (tmp_path / "few.html").as_uri())
     assert shown.locator("#grid [role=gridcell]").count() == 2
-    assert said(shown).startswith("Layer 1, mean of its head: ")
+    assert said(shown).startswith("Layer 1, head 1: ")
     shown.locator(".tok").nth(0).click(force=True)
     assert f"(position {len(found.ids) - 1})" in said(shown), "that row was not kept"
     shown.locator(".tok").nth(1).click()

@@ -37,7 +37,12 @@ const rolloutRow = (row) => rolled.subarray(row * (row + 1) / 2, (row + 1) * (ro
 
 // ---------------------------------------------------------------- what is chosen
 
-const chosen = { layer: L - 1, head: MEAN, n: D.rows.length - 1, mode: "attention" };
+const ranked = []; // heads, from the one without which most is lost
+D.lost.forEach((layer, l) => layer.forEach((lost, h) => ranked.push([lost, l, h])));
+ranked.sort((a, b) => b[0] - a[0]);
+const kept = ([, l, h]) => D.layers.includes(l) && D.heads.includes(h);
+const first = ranked.find(kept);
+const chosen = { layer: D.layers.indexOf(first[1]), head: D.heads.indexOf(first[2]), n: D.rows.length - 1, mode: "attention" };
 let hovered = null; // a place in D.rows while the pointer is over a token
 const current = () => (hovered === null ? chosen.n : hovered);
 const nameOf = (layer, head) => `Layer ${D.layers[layer]}, ` + (head === MEAN ? `mean of ${H === 1 ? "its head" : H + " heads"}` : `head ${D.heads[head]}`);
@@ -162,9 +167,9 @@ const worst = Math.max(...D.lost.flat().map(Math.abs), 1e-9);
 grid.style.gridTemplateColumns = `max-content repeat(${columns.length}, max-content)`;
 const top_ = make("div", "", undefined, grid);
 top_.setAttribute("role", "row");
-make("span", "axis side", "", top_).setAttribute("role", "columnheader");
+make("span", "axis side over", "", top_).setAttribute("role", "columnheader");
 for (const head of columns) {
-  make("span", "axis", head === MEAN ? "mean" : String(D.heads[head]), top_).setAttribute("role", "columnheader");
+  make("span", "axis over", head === MEAN ? "mean" : String(D.heads[head]), top_).setAttribute("role", "columnheader");
 }
 for (let layer = 0; layer < L; layer++) {
   const line = make("div", "", undefined, grid);
@@ -227,7 +232,7 @@ function drawMap() {
   const wide = labelled ? Math.ceil(Math.max(...D.rows.map((row) => pen.measureText(names[row]).width))) + 8 : 0;
   const high = labelled ? Math.ceil(Math.max(...names.map((name) => pen.measureText(name).width)) * 0.78) + 12 : 0;
   const slant = labelled ? Math.ceil(pen.measureText(names[T - 1]).width * 0.62) : 0;
-  const cell = Math.max(1, Math.min(30, (room - wide - slant) / T));
+  const cell = Math.max(1, Math.min(T > 12 ? 30 : 44, (room - wide - slant) / T));
   const scale = window.devicePixelRatio || 1;
   const width = Math.min(room, wide + T * cell + slant), height = high + rows * cell + 1;
   map.width = Math.round(width * scale); map.height = Math.round(height * scale);
@@ -332,7 +337,7 @@ const lens = $("lens"), firstColumn = Math.max(0, T - 64);
     make("td", "num", percent(layer.p), row);
     make("td", "num", String(layer.rank), row);
   });
-  lens.parentElement.scrollLeft = 1e6;
+  lens.parentElement.scrollLeft = 1e6; // to the last position
 }
 function showLens() {
   const column = D.rows[current()] - firstColumn + 1;
@@ -346,11 +351,8 @@ function showLens() {
 {
   const best = $("best"), line = make("tr", "", undefined, make("thead", "", undefined, best));
   for (const name of ["head", "nats lost without it", "adds to the logit", "the last position looks at"]) make("th", "", name, line).scope = "col";
-  const all = [];
-  D.lost.forEach((layer, l) => layer.forEach((lost, h) => all.push([lost, l, h])));
-  all.sort((a, b) => b[0] - a[0]);
   const body = make("tbody", "", undefined, best);
-  for (const [lost, l, h] of all.slice(0, 10)) {
+  for (const [lost, l, h] of ranked.slice(0, 10)) {
     const row = make("tr", "", undefined, body), name = make("th", "", undefined, row);
     name.scope = "row";
     const layer = D.layers.indexOf(l), head = D.heads.indexOf(h), last = places.get(T - 1);
@@ -391,3 +393,6 @@ document.title = `Why ${D.target[0]} comes next`;
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 new ResizeObserver(() => drawMap()).observe($("large"));
 redraw();
+const whole = grid.parentElement, cell = heads.get(`${chosen.layer} ${chosen.head}`);
+whole.scrollTop = cell.offsetTop - whole.clientHeight / 2;
+whole.scrollLeft = cell.offsetLeft - whole.clientWidth / 2;

@@ -122,4 +122,6 @@ def _heads(found: Explanation) -> str:
             )
         lost, direct = float(found.lost[layer, head]), float(found.direct.heads[layer, head])
         rows.append([f"layer {layer} head {head}", f"{lost:+.3f}", f"{direct:+.3f}", looks])
+    widest = max(width(row[-1]) for row in rows)
+    rows = [[*row[:-1], pad(row[-1], widest)] for row in rows]  # words, flush left
     return f"Heads that matter most to {found.target.text}\n{table(rows, 1)}"

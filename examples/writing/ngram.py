@@ -40,7 +40,7 @@ class KneserNey:
         ValueError: V^order does not fit, or the text is shorter than order.
     """
 
-    def __init__(self, ids: npt.NDArray[np.integer], vocab_size: int, order: int = 5) -> None:
+    def __init__(self, ids: npt.NDArray[np.integer], vocab_size: int, order: int) -> None:
         if vocab_size**order >= 2**63 or len(ids) < order:
             raise ValueError(
                 "ngram: vocab_size^order must be below 2^63 and the text no shorter than order;"
@@ -61,9 +61,9 @@ class KneserNey:
             keys = keys * self.vocab_size + ids[i : i + N]
         return keys
 
-    def bits(self, ids: npt.NDArray[np.integer]) -> float:
-        """Bits a token of a text, of those that have order - 1 tokens before them."""
-        return float(-np.log2(self._p(self._windows(ids, self.order))).mean())
+    def bits(self, ids: npt.NDArray[np.integer]) -> Floats:
+        """(N - order + 1,) bits of each token of a text that has order - 1 tokens before it."""
+        return -np.log2(self._p(self._windows(ids, self.order)))
 
     def next(self, ids: list[int]) -> Floats:
         """(V,) probabilities of the token after ids, at least order - 1 of them."""
@@ -91,7 +91,10 @@ def _discounted(keys: Ints, counts: Ints, V: int) -> _Order:
     contexts, of = np.unique(keys // V, return_inverse=True)
     total = np.bincount(of, counts)
     return _Order(
-        keys, (counts - discount) / total[of], contexts, np.bincount(of, discount) / total
+        keys,
+        (counts - discount) / total[of],
+        contexts,
+        np.bincount(of, discount) / total,
     )
 
 

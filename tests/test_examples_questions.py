@@ -62,7 +62,7 @@ def test_all_of_it_small(
     records = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert records[0]["prompt"].startswith("Question: ") and records[0]["completion"][0] == " "
     command = capsys.readouterr().out.splitlines()[-1]
-    assert command.startswith(f"fastgpt generate --checkpoint {out} ")
+    assert command.endswith(f"--model {out} --temperature 0")
     assert main(told) == results  # the run is at its end, and is not made again
-    assert fastgpt(["generate", "--checkpoint", str(out), "--prompt", "Question: who?\nAnswer:",
+    assert fastgpt(["generate", "Question: who?\nAnswer:", "--model", str(out),
                     "--temperature", "0", "--max-new-tokens", "3"]) == 0  # fmt: skip

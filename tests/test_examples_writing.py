@@ -111,5 +111,5 @@ def test_all_of_it_small(
     assert results["Kneser-Ney, 4-grams"] < results["token frequencies"] - 0.3
     printed = capsys.readouterr().out
     assert printed.count("--- fine-tuned") == printed.count("--- Kneser-Ney") == 3
-    assert fastgpt(["generate", "--checkpoint", str(out), "--prompt", "the", "--temperature", "0",
+    assert fastgpt(["generate", "the", "--model", str(out), "--temperature", "0",
                     "--max-new-tokens", "3"]) == 0  # fmt: skip

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\n{args.out / 'results.json'}; {time.monotonic() - begun:.0f} s in all. Ask it:")
     asked = PROMPT.format("What is the capital of Italy?").replace("\n", "\\n")
-    print(f"fastgpt generate --checkpoint {args.out} --temperature 0 --prompt $'{asked}'")
+    print(f"fastgpt generate $'{asked}' --model {args.out} --temperature 0")
     return results
 
 

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print(write_ngrams(ngrams, tokenizer, train_ids, prompt, args.seed))
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\n{args.out / 'results.json'}; {time.monotonic() - begun:.0f} s in all. Go on:")
-    print(f"fastgpt generate --checkpoint {args.out} --prompt $'ROMEO.\\n' --max-new-tokens 60")
+    print(f"fastgpt generate $'ROMEO.\\n' --model {args.out} --max-new-tokens 60")
     return results
 
 

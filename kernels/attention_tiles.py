@@ -217,6 +217,6 @@ def decode_tile(dtype: torch.dtype, block_d: int, rows: int) -> Tile:
     block_n = 64 if block_d <= 64 else 32
     if wide:
         block_n = 32 if block_d <= 64 and rows == 1 else 16
-    warps = 8 if block_d > 128 or (block_d > 64 and block_m == 64) else 4
+    warps = 8 if block_d > 128 or block_m == 64 or (wide and block_d > 64 and rows > 1) else 4
     stages = 2 if block_d > 128 or (wide and rows > 1) else 3
     return Tile(block_m, block_n, warps, 1 if chip().startswith("gfx") else stages)

@@ -303,8 +303,8 @@ def attention_decode(
             q, k_cache, v_cache, lengths, k, v, block_table, o_part, lse_part,
             *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], lengths.stride(0), *new,
             table_stride, B, T, S, H, Hkv, D, page_size, window, qk_scale, cap, splits, tiles,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **sizes, ONE=tile.block_m == 1, SPLIT=splits > 1,
-            STAGES=tile.num_stages, **tile.options, **all_registers(),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **sizes, ONE=tile.block_m == 1,
+            SPLIT=splits > 1, STAGES=tile.num_stages, **tile.options, **all_registers(),
         )  # fmt: skip
         if splits > 1:
             _combine_kernel[(B * T * H,)](

@@ -82,6 +82,8 @@ def test_a_prompt_comes_as_an_argument_a_file_or_a_pipe(
                           eos=())  # fmt: skip
     got = said(capsys, "generate", "一个 fox\n", *rest)
     assert got == "一个 fox\n" + want.text + "\n"
+    assert said(capsys, "generate", "--prompt", "一个 fox\n", *rest) == got
+    assert said(capsys, "generate", "--prompt=- a", *rest).startswith("- a")
     file = tmp_path / "prompt.txt"
     for raw in ("一个 fox\n\n".encode(), "\ufeff一个 fox\n\n".encode()):
         file.write_bytes(raw)

@@ -177,7 +177,7 @@ def next_token(argv: Sequence[str], kind: type[argparse.ArgumentParser]) -> int:
     args = parser.parse_args(argv)
     if args.top < 1:
         raise ValueError(f"next: top must be at least 1; got {args.top}")
-    if args.prompt is None and args.file is None and args.ids is None:
+    if all(one is None for one in (args.prompt, args.text, args.file, args.ids)):
         raise ValueError("next: there must be a prompt; got none")
     sampling = _sampling(args, 1.0)
 
@@ -218,6 +218,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_prompt(parser: argparse.ArgumentParser, without: str) -> None:
     one = parser.add_mutually_exclusive_group()
     one.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"a text; {without}")
+    one.add_argument(
+        "--prompt", dest="text", metavar="TEXT", help="the same, where it begins with a dash"
+    )
     one.add_argument(
         "--file", metavar="FILE",
         help="read it from a file, or with - from standard input, without its last newline",
@@ -309,8 +312,8 @@ def _open(args: argparse.Namespace) -> "tuple[Any, Tokenizer | None, str, list[i
             raise ValueError(f"generate: --ids must be whole numbers; got {args.ids!r}") from None
     elif args.file is not None:
         text = _read_text(args.file)
-    elif args.prompt is not None:
-        text = args.prompt
+    else:
+        text = args.prompt or args.text or ""
         _check_text(text, "the prompt")
     model, tokenizer = _read_model(args, texts=given is None)
     if given is not None:

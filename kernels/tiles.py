@@ -297,7 +297,8 @@ def quantized_tile(rows: int, bits: int, group: int) -> ProductTile:
         return ProductTile(min(16, rows), 16, 4, 1, 32)
     nvidia = chip().startswith("sm_")
     if rows <= 32:
-        return ProductTile(max(8 if nvidia else 16, rows), 64, 4, 4 if nvidia else 2, 128)
+        block_k = 64 if chip() == "gfx11" else 128
+        return ProductTile(max(8 if nvidia else 16, rows), 64, 4, 4 if nvidia else 2, block_k)
     if rows <= 64 or not nvidia:
         return ProductTile(64, 128, 8, 3 if nvidia else 2, 64)
     return ProductTile(128, 128, 4, 3, 64 if chip() in ("sm_90", "sm_100") else 32)

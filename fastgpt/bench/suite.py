@@ -46,7 +46,8 @@ def cpu(small: bool = False) -> list[Planned]:
         sizes = module.sizes("cpu")[OF_GPT2.get(op, 0)] | SMALLER.get(op, {})
         if small:
             sizes = {n: min(v, 8) for n, v in sizes.items()}
-        modes = ("forward",) if op in ("adamw", "attention_decode") else ("both",)
+        alone = op in ("adamw", "attention_decode", "quantized_linear")
+        modes = ("forward",) if alone else ("both",)
         found.append(Planned(op, "float32", sizes, modes, 8, EAGER, OP))
     found += scaling(small)
     return [replace(p, rounds=1, alone=False) for p in found] if small else found

@@ -1,6 +1,7 @@
 """A linear layer of 8 or 4 bits a weight: the op, the float layer, PyTorch's own kernels, torchao.
 
-All multiply by one matrix, that of the quantised weights: the float layer holds it as numbers.
+All multiply by one matrix, that of the quantised weights: the float layer holds it as numbers. On a
+CPU the op is its reference, and `fastgpt.quantized`'s layer is what is meant to be fast.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fastgpt.bench.case import Case, compiled, optional, size_of
 from fastgpt.ops import quantized_linear, quantized_linear_ref
 from fastgpt.ops.quantized_linear import dequantize
-from fastgpt.quantized import GROUP, quantize_int4, quantize_int8
+from fastgpt.quantized import GROUP, Int4Linear, Int8Linear, quantize_int4, quantize_int8
 
 
 def sizes(device: str) -> list[dict[str, int]]:
@@ -41,6 +42,8 @@ def case(device: str, dtype: torch.dtype, *, M: int, N: int, K: int, bits: int) 
         "float": partial(F.linear, weight=wide),
         "compiled": compiled(plain),
     }
+    if device == "cpu" and dtype != torch.float32:  # which rounds x to bytes, or to bfloat16
+        providers["layer"] = (Int8Linear if bits == 8 else Int4Linear)(q, scale)
     packed, absent = _packed(q, scale, bits, device, dtype)
     torchao, missing = _torchao(wide, bits, device)
     moved = sum(map(size_of, (q, scale, inputs["x"]))) + M * N * dtype.itemsize
@@ -55,7 +58,7 @@ def _packed(
     q: Tensor, scale: Tensor, bits: int, device: str, dtype: torch.dtype
 ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """PyTorch's own kernel, which is torchao's for 4 bits too, if it takes such tensors."""
-    name, N, K = f"int{bits}pack", len(q), q.shape[1] * 8 // bits
+    name, N, K = "packed", len(q), q.shape[1] * 8 // bits
     if dtype != torch.bfloat16:
         return {}, {name: "it is made for bfloat16"}
     if bits == 8:

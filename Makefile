@@ -1,6 +1,6 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
-# make private questions writing explain  an example a target, each with a page in docs/
+# make next-word private questions writing explain  an example a target, each with a page in docs/
 # make docs    docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-cpu test-interpreted test-sanitized sanitize-attention sanitize-rest lint \
-	docs clean private questions writing explain
+	docs clean next-word private questions writing explain
 
 demo: .venv/train
 	$(BIN)/fastgpt demo
@@ -43,6 +43,9 @@ OPS := layer_norm rms_norm embedding rotary attention attention_decode ffn cross
 docs: .venv/dev
 	$(BIN)/fastgpt lab $(OPS) --with traffic --markdown docs/kernels.md
 	$(BIN)/python -m benchmarks.error_growth --png docs/error_growth.png
+
+next-word: .venv/examples
+	$(BIN)/python -m examples.next_word
 
 private: .venv/examples
 	$(BIN)/python -m examples.private

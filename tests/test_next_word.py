@@ -76,4 +76,6 @@ def test_the_example_runs(tmp_path: Path) -> None:
         for part in BLOCKS:
             block(after, part)
         marks = r"(<!-- next_word: \w+ -->\n).*?(<!-- end -->)"
-        assert re.sub(marks, r"\1\2", before, flags=re.S) == re.sub(marks, r"\1\2", after, flags=re.S)
+        assert re.sub(marks, r"\1\2", before, flags=re.S) == re.sub(
+            marks, r"\1\2", after, flags=re.S
+        )

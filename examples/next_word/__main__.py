@@ -120,7 +120,9 @@ def conversations() -> list[str]:
 
 def prose(page: Path) -> list[str]:
     """What is written on the page, without its tables, formulas and numbers."""
-    text = re.sub(r"<!-- next_word.*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.S)
+    text = re.sub(
+        r"<!-- next_word.*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.S
+    )
     paragraphs = (" ".join(p.split("\n")) for p in text.split("\n\n"))
     return [p for p in paragraphs if p and p[0] not in "|#[<" and not p.startswith("    ")]
 
@@ -131,7 +133,9 @@ def fill(page: Path, blocks: dict[str, str]) -> None:
     for name, block in blocks.items():
         mark = f"<!-- next_word: {name} -->\n"
         before, rest = text.split(mark)
-        text = f"{before}{mark}```text\n{block}\n```\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+        text = (
+            f"{before}{mark}```text\n{block}\n```\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+        )
     page.write_text(text, encoding="utf-8")
 
 

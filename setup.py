@@ -19,6 +19,8 @@ LAB = ["jinja2>=3.1", "pyyaml>=6"]
 
 PRIVACY = ["opacus>=1.5"]
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1"]
+
 EXAMPLES = [*TRAIN, *EXPLAIN, *PRIVACY, "gguf>=0.19", "pyyaml>=6"]  # what examples/ need together
 
 setup(
@@ -55,6 +57,7 @@ setup(
         "huggingface": HUGGINGFACE,
         "privacy": PRIVACY,
         "examples": EXAMPLES,
+        "docs": DOCS,
         "dev": [
             *TRAIN,
             *DATA,
@@ -62,6 +65,7 @@ setup(
             *LAB,
             *HUGGINGFACE,
             *EXAMPLES,
+            *DOCS,
             "accelerate>=1.1",  # transformers' Trainer
             "expecttest>=0.2",  # torch.testing._internal, whose samples the tests run
             "gguf>=0.19",  # GGUF files, and the test that loads one

@@ -44,6 +44,7 @@ _LLAMA_PRESETS: dict[str, tuple[tuple[int, int, int, int, int], int, int, float,
     "llama3-405b": ((8192, 128256, 126, 128, 16384), 8, 53248, 5e5, False),
 }
 PRESETS = (*_PRESETS, *_LLAMA_PRESETS)
+"""Names that `GPTConfig.preset` takes."""
 
 
 @dataclass(frozen=True)

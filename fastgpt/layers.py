@@ -47,8 +47,9 @@ __all__ = [
 ]
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of the positions, (T, D / 2) or (B, T, D / 2) each
-Documents = tuple[Tensor, int]  # where each ends, (n + 1,) from 0 to B T, and the longest's length
 Again = tuple[nn.Module, Tensor]  # a norm and what it was given, (B, T, C)
+Documents = tuple[Tensor, int]
+"""Where each ends, (n + 1,) from 0 to B T, and the longest's length."""
 
 
 class Branch(NamedTuple):

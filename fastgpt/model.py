@@ -34,7 +34,8 @@ from fastgpt.optim import AdamW, decay_groups
 from fastgpt.quantized import Int8Embedding, Int8Linear, Quantized, swap
 
 __all__ = ["GPT", "IGNORE", "PRESETS", "GPTConfig"]
-IGNORE = -100  # a target that takes no part in the loss, as in torch's cross_entropy
+IGNORE = -100
+"""A target that takes no part in the loss, as in torch's cross_entropy."""
 
 
 def places_in(cu_seqlens: Tensor, idx: Tensor) -> Tensor:

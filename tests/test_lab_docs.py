@@ -28,7 +28,7 @@ MADE_WITH = re.search(r"^Made by `(.*)` with Triton (\S+)\.$", TABLE.read_text()
 def test_the_table_of_kernels_is_current_and_every_kernel_holds_the_gate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`make docs` writes it; the gate is for every chip that fastgpt's kernels run on."""
+    """`make tables` writes it; the gate is for every chip that fastgpt's kernels run on."""
     assert MADE_WITH is not None
     command, version = MADE_WITH.groups()
     if triton.__version__ != version:
@@ -37,7 +37,7 @@ def test_the_table_of_kernels_is_current_and_every_kernel_holds_the_gate(
     Path("docs").mkdir()
     _, *words = shlex.split(command)
     assert cli.main(words) == 0
-    assert Path("docs/kernels.md").read_text() == TABLE.read_text(), "stale: make docs"
+    assert Path("docs/kernels.md").read_text() == TABLE.read_text(), "stale: make tables"
     ops = words[1 : words.index("--with")]
     code = cli.main(["lab", *ops, "--gate", "spills == 0 and smem <= limit and redundancy == 1"])
     assert code == 0, capsys.readouterr().err

@@ -28,7 +28,8 @@ from fastgpt.tokenizer import Tokenizer
 MANIFEST, TOKENIZER = "shards.json", "tokenizer.json"
 TRAIN, HELD_OUT = PARTS = ("train", "held_out")
 VERSION = 1
-Tokens = npt.NDArray[Any]  # uint16 or uint32
+Tokens = npt.NDArray[Any]
+"""Ids, uint16 or uint32."""
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 

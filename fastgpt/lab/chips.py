@@ -177,6 +177,7 @@ _ALL = (
 )  # fmt: skip
 CHIPS = {c.target: c for c in _ALL}
 TARGETS = tuple(CHIPS)
+"""Chips that the lab compiles for when it is not told which."""
 
 
 def chip(target: str) -> Chip:

@@ -136,6 +136,7 @@ _ALL = (
     Cluster("tpu-v4", 275.0, 1228.0, 32.0, 3072, 100.0, 3.3, reserve_gib=1.0),
 )
 CLUSTERS = {c.name: c for c in _ALL}
+"""By name."""
 
 
 def cluster(name: str) -> Cluster:

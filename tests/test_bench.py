@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.bench import cli, models, players, plot, result, stats, timing
+from fastgpt.bench import cli, models, players, plot, positions, result, stats, timing
 from fastgpt.bench.case import Case
 from fastgpt.bench.compare import compare, differences
 from fastgpt.bench.measure import Rounds, Setting
 from fastgpt.bench.ops import OPS
+from fastgpt.bench.report import MARKS
 from fastgpt.bench.result import Row, Run
 from fastgpt.bench.run import Planned, Session, Wanted, fake, make, plan, too_large
+from fastgpt.config import GPTConfig
 
 SMALL: dict[str, dict[str, int]] = {
     "attention": {"B": 1, "T": 5, "H": 2, "D": 8},
@@ -362,6 +365,34 @@ def test_a_plot_is_drawn(sizes: int, tmp_path: Path) -> None:
     ]
     plot.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_is_timed_along_the_positions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, png = tmp_path / "page.md", tmp_path / "plot.png"
+    page.write_text("\n".join(("before", *MARKS, "after")))
+    config = GPTConfig(vocab_size=11, n_layer=1, n_head=2, n_embd=16, n_kv_head=1)
+    positions.run((3, 400), 3, torch.float32, "cpu", page, png, config)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[1] for line in lines] == ["3", "400"] * 2
+    read = [p.cache for p in positions.measure((3, 400), 3, torch.float32, "cpu", config)]
+    assert read == [2 * 8 * 4 * seen for seen in (4, 401, 4, positions.WINDOW)]
+    assert page.read_text().count("| 400 |") == 2 and page.read_text().endswith("after")
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["step", "--positions", "4"], "--positions goes with decode alone"),
+        (["decode", "--positions", "4", "--rounds", "2"], "at least 3 rounds"),
+        (["decode", "--positions", "4", "--dtype", "int8"], "of 16 or 32 bits; got int8"),
+    ],
+)
+def test_positions_that_cannot_be_timed_are_refused(argv: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        cli.main(argv, ArgumentParser)
 
 
 def test_the_exponent_is_fitted_over_the_larger_half() -> None:

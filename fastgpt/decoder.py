@@ -170,7 +170,7 @@ class Decoder:
 
         Args:
             lengths: of each row, from 0 to what it holds. A room that goes round has forgotten what
-                fell out of it: 0, or as many as were held when the last SPARE tokens were added.
+                fell out of it: there, 0 or at most `fastgpt.cache.SPARE` fewer than it ever held.
 
         Raises:
             ValueError: lengths outside these rules.

@@ -54,6 +54,11 @@ def compress(model: GPT, to: str, rows: Tensor | None = None) -> GPT:
 
     Raises:
         ValueError: to is none of these, the model is quantised, or its widths do not fit int4.
+
+    Examples:
+        >>> model = fastgpt.GPT(fastgpt.GPTConfig.preset("tiny"))
+        >>> fastgpt.compress(model, "int8").config.quantized
+        'int8'
     """
     if (share := _share(to)) is not None:
         return prune(model, share, rows)

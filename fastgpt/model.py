@@ -58,6 +58,12 @@ class GPT(nn.Module):
     ..., ln_f) and no lm_head unless config.tied is False; linear weights are (out, in). The variant
     "llama" has h.0.mlp.gate_proj, up_proj and down_proj, with qk_norm h.0.attn.q_norm and k_norm,
     and no wpe. What config.quantized makes of the weights, `fastgpt.compress` tells.
+
+    Examples:
+        >>> model = fastgpt.GPT(fastgpt.GPTConfig(vocab_size=10, n_layer=2, n_head=2, n_embd=16))
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model(ids).shape, model(ids[:, :-1], ids[:, 1:]).shape  # logits; the loss
+        (torch.Size([1, 3, 10]), torch.Size([]))
     """
 
     def __init__(self, config: GPTConfig) -> None:

@@ -1,13 +1,17 @@
-"""The site builds without a warning, and every public name is on it."""
+"""The site builds without a warning, with every public name, and its examples are right."""
 
+import doctest
 import os
 import subprocess
 import sys
 import zlib
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
+import torch
+
+import fastgpt
 from tests.conftest import ROOT
 
 PACKAGES = """
@@ -35,3 +39,22 @@ def test_the_site(tmp_path: Path) -> None:
             if not isinstance(value, ModuleType):
                 home = f"{getattr(value, '__module__', '')}.{name}"
                 assert {f"{package}.{name}", home} & there, f"{package}.{name} is on no page"
+
+
+def test_the_examples_of_docstrings() -> None:
+    """What they print is what they say; those named are among them."""
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    shown = set()
+    for package in PACKAGES:
+        module = import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if isinstance(value, type | FunctionType):
+                for test in finder.find(value, name, globs={"torch": torch, "fastgpt": fastgpt}):
+                    if test.examples:
+                        shown.add(name)
+                        assert runner.run(test).failed == 0, f"{package}.{name}"
+    assert shown >= {
+        "attention", "layer_norm", "rms_norm", "ffn", "cross_entropy", "explain", "GPT", "generate",
+        "complete", "patch", "compress", "capture_attention",
+    }  # fmt: skip

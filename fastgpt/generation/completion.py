@@ -112,6 +112,12 @@ def complete(
     Raises:
         ValueError: an argument outside these rules, or prompt and new tokens do not fit.
         TypeError: prompts are neither texts nor rows of ids.
+
+    Examples:
+        >>> model = fastgpt.GPT(fastgpt.GPTConfig.preset("tiny"))
+        >>> rows = fastgpt.complete(model, [[1, 2, 3], [4]], 5, n=2, seed=0)
+        >>> [len(completion.ids) for row in rows for completion in row]
+        [5, 5, 5, 5]
     """
     writing = Writing(
         model, prompts, max_new_tokens, tokenizer=tokenizer, n=n,

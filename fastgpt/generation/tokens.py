@@ -47,6 +47,12 @@ def generate(
     Raises:
         ValueError: an argument outside these rules.
         TypeError: ids are not integers.
+
+    Examples:
+        >>> model = fastgpt.GPT(fastgpt.GPTConfig.preset("tiny"))
+        >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> fastgpt.generate(model, ids, 5, temperature=0.8, top_p=0.9, seed=0).shape
+        torch.Size([2, 8])
     """
     new = list(
         stream(

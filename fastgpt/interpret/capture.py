@@ -134,10 +134,6 @@ def capture_attention(
     it takes outside, kernel or plain PyTorch, launches what it launches and gives the same bits.
     `fastgpt.generate` runs the model's modules inside, whose every step is a call.
 
-        with fastgpt.capture_attention(model, layers=[0, 3], rows=-1) as captured:
-            model(ids)
-        captured[3].weights  # (B, H, 1, T): where the last position looks
-
     Args:
         model: a GPT, or a module that holds one.
         layers, heads: numbers from 0, negative ones from the end; all if None.
@@ -152,6 +148,15 @@ def capture_attention(
         TypeError: the model holds no GPT, or a number is none.
         ValueError: a layer, head or row is not there; the model is compiled.
         NotImplementedError: in the model's call, if its heads are divided over ranks.
+
+    Examples:
+        Where the last position looks, (B, H, 1, T):
+
+        >>> model = fastgpt.GPT(fastgpt.GPTConfig.preset("tiny"))
+        >>> with fastgpt.capture_attention(model, layers=[0, 3]) as captured:
+        ...     _ = model(torch.tensor([[1, 2, 3]]))
+        >>> captured[3].weights.shape
+        torch.Size([1, 4, 1, 3])
 
     The lse trick is Dao et al., FlashAttention, 2022, https://arxiv.org/abs/2205.14135, section
     3.1: backward makes the weights again from it.

@@ -333,6 +333,14 @@ def attention(
         seed: one int64 on q's device that fixes the dropout mask (see `dropout_mask`); drawn from
             torch's generator if None.
 
+    Examples:
+        With equal scores a position takes the mean of itself and those before:
+
+        >>> q = k = torch.zeros(1, 3, 1, 8)
+        >>> v = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1).expand(1, 3, 1, 8)
+        >>> fastgpt.ops.attention(q, k, v)[0, :, 0, 0]
+        tensor([1.0000, 1.5000, 3.0000])
+
     Returns:
         o: (B, Tq, H, D) of q's dtype. With return_lse also lse: (B, H, Tq) float32, the natural
         log of sum_j exp(softmax_scale * q_i . k_j), which carries gradient too.

@@ -102,6 +102,11 @@ def explain(call: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -
         The choices made while call ran, in order, other threads' too; without call, the last
         choice of every op.
         Calls inside a compiled graph are not seen: the choice was made when it was traced.
+
+    Examples:
+        >>> for choice in fastgpt.explain(fastgpt.ops.rms_norm, torch.ones(1, 2), torch.ones(2)):
+        ...     print(choice)
+        rms_norm: reference (tensors are on cpu; kernels need CUDA, or TRITON_INTERPRET=1)
     """
     if call is None:
         return list(_last.values())

@@ -245,6 +245,11 @@ def cross_entropy(
         ValueError: shapes or devices do not fit, an option is out of range, or, on a CPU, a target.
         TypeError: logits are not floating or targets no int64 or int32.
 
+    Examples:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 9.0]])
+        >>> fastgpt.ops.cross_entropy(logits, torch.tensor([1, -100]))  # the second takes no part
+        tensor(0.6931)
+
     Szegedy et al., 2015, https://arxiv.org/abs/1512.00567, section 7 (label smoothing); Chowdhery
     et al., PaLM, 2022, https://arxiv.org/abs/2204.02311, section 5 (z-loss); Gemma Team, Gemma 2,
     2024, https://arxiv.org/abs/2408.00118 (softcap).

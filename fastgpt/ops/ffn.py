@@ -299,6 +299,11 @@ def ffn(
         ValueError: shapes or devices do not fit, or the activation or the level is unknown.
         TypeError: dtypes differ (outside autocast) or are not floating.
 
+    Examples:
+        >>> w = torch.eye(2)
+        >>> fastgpt.ops.ffn(torch.tensor([[-1.0, 2.0]]), w, None, w, None, activation="relu")
+        tensor([[0., 2.]])
+
     Radford et al., Language models are unsupervised multitask learners, 2019 (GPT-2); Vaswani et
     al., 2017, https://arxiv.org/abs/1706.03762, eq. 2; Shazeer, GLU variants improve transformer,
     2020, https://arxiv.org/abs/2002.05202.

@@ -336,6 +336,12 @@ def layer_norm(
             outside [0, 1).
         TypeError: a dtype is not floating, or weight's and bias's differ.
 
+    Examples:
+        >>> x = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> y, h = fastgpt.ops.layer_norm(x, torch.ones(3), torch.zeros(3), residual=x)
+        >>> y, h
+        (tensor([[-1.2247,  0.0000,  1.2247]]), tensor([[2., 4., 6.]]))
+
     Ba, Kiros, Hinton, Layer normalization, 2016, https://arxiv.org/abs/1607.06450, eq. 4.
     """
     check_norm("layer_norm", x, weight, bias, residual, dropout_p, seed, x_bias)

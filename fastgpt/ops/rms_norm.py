@@ -236,6 +236,10 @@ def rms_norm(
             outside [0, 1).
         TypeError: a dtype is not floating.
 
+    Examples:
+        >>> fastgpt.ops.rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2))
+        tensor([[0.8485, 1.1314]])
+
     Zhang, Sennrich, Root mean square layer normalization, 2019, https://arxiv.org/abs/1910.07467,
     eq. 4.
     """

@@ -80,6 +80,15 @@ def patch(model: nn.Module, *, replace: Replace | None = None, loss_head: bool =
         TypeError: model is no module, or replace holds something other than classes of modules.
         ValueError: parameters are on the meta device; a class in replace is not in the model, or
             its modules do not compute what they are to be replaced by. The model is then as it was.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
+        >>> print(fastgpt.patch(model))
+        1 of 3 modules replaced
+        module       count  class       runs on
+        (the model)      1  Sequential  left, its own code around its parts
+        *                1  LayerNorm   layer_norm
+        *                1  Linear      left, a product by itself is the vendor's
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be an nn.Module; got {type(model).__name__}")

@@ -1,14 +1,19 @@
 """The site builds without a warning, with every public name, and its examples are right."""
 
+import contextlib
 import doctest
+import io
 import os
+import re
 import subprocess
 import sys
 import zlib
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any
 
+import pytest
 import torch
 
 import fastgpt
@@ -58,3 +63,20 @@ def test_the_examples_of_docstrings() -> None:
         "attention", "layer_norm", "rms_norm", "ffn", "cross_entropy", "explain", "GPT", "generate",
         "complete", "patch", "compress", "capture_attention",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["index", "dropin", "troubleshooting"])
+def test_a_page(page: str) -> None:
+    """Its Python runs from top to bottom, and prints or raises what stands below."""
+    said = (ROOT / "docs" / f"{page}.md").read_text()
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", said, re.S | re.M)
+    assert len(blocks) == said.count("```python")
+    for code, printed in blocks:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            try:
+                exec(compile(code, f"{page}.md", "exec"), names)
+            except (ValueError, TypeError) as error:
+                print(f"{type(error).__name__}: {error}")
+        assert out.getvalue() == printed, code

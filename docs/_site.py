@@ -16,13 +16,12 @@ def on_files(files: Files, config: Any) -> Files:
     for page in list(files.documentation_pages()):
         for path, _ in OUTSIDE.findall(page.content_string):
             name = f"source/{path}"
-            if path != "README.md" and (ROOT / path).is_file() and name not in files.src_uris:
+            if (ROOT / path).is_file() and name not in files.src_uris:
                 files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    markdown = re.sub(r"\]\(\.\./README\.md(#[^)]*)?\)", "](index.md)", markdown)
     return OUTSIDE.sub(r"](source/\1)", markdown)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import fastgpt
+from fastgpt.cli import USAGE
 from tests.conftest import ROOT
 
 PACKAGES = """
@@ -80,3 +81,8 @@ def test_a_page(page: str) -> None:
             except (ValueError, TypeError) as error:
                 print(f"{type(error).__name__}: {error}")
         assert out.getvalue() == printed, code
+
+
+def test_the_page_of_commands_has_every_command() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert re.findall(r"^  (\w+) ", USAGE, re.M) == re.findall(r"^\| `(\w+)`", page, re.M)

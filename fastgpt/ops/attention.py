@@ -333,14 +333,6 @@ def attention(
         seed: one int64 on q's device that fixes the dropout mask (see `dropout_mask`); drawn from
             torch's generator if None.
 
-    Examples:
-        With equal scores a position takes the mean of itself and those before:
-
-        >>> q = k = torch.zeros(1, 3, 1, 8)
-        >>> v = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1).expand(1, 3, 1, 8)
-        >>> fastgpt.ops.attention(q, k, v)[0, :, 0, 0]
-        tensor([1.0000, 1.5000, 3.0000])
-
     Returns:
         o: (B, Tq, H, D) of q's dtype. With return_lse also lse: (B, H, Tq) float32, the natural
         log of sum_j exp(softmax_scale * q_i . k_j), which carries gradient too.
@@ -348,6 +340,14 @@ def attention(
     Raises:
         ValueError: shapes, D, device, window, softcap or dropout_p outside these rules.
         TypeError: a dtype outside these rules.
+
+    Examples:
+        With equal scores a position takes the mean of itself and those before:
+
+        >>> q = k = torch.zeros(1, 3, 1, 8)
+        >>> v = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1).expand(1, 3, 1, 8)
+        >>> fastgpt.ops.attention(q, k, v)[0, :, 0, 0]
+        tensor([1.0000, 1.5000, 3.0000])
 
     Dao, FlashAttention-2, 2023, https://arxiv.org/abs/2307.08691, algorithms 1 and 2; the formula
     is Vaswani et al., Attention is all you need, 2017, https://arxiv.org/abs/1706.03762, eq. 1.

@@ -66,3 +66,12 @@ def test_the_lab_says_what_the_page_shows() -> None:
             table = PAGE.split(f"\n{row.kernel}  BLOCK_N=")[1].split("\n\n")[0]
             line = rf"^{row.target} +16 +{row.registers} +{row.spills} "
             assert re.search(line, table, re.M), (row.kernel, row.target, row.registers)
+
+
+@pytest.mark.parametrize("page", ["flash_attention", "layer_norm", "gelu"])
+def test_the_pages_of_kernels_name_functions_that_exist(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    code = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    named = set(re.findall(r"`(_[a-z]\w+|[A-Z][A-Z_\d]{3,}|[a-z]+_[a-z_]+)`", text))
+    missing = {name for name in named if not re.search(rf"\b{name}\b", code)}
+    assert len(named) > 8 and not missing, missing

@@ -56,11 +56,10 @@ def test_the_lab_says_what_the_page_shows() -> None:
     specs = read(FOLDER / "lab.yaml")
     targets = ["sm_90", "gfx942"]
     result = lab.study([lab.subject(spec) for spec in specs], targets, workers=0)
-    assert [(row.kernel.split(".")[-1], row.spills) for row in result.rows] == [
-        (name, 96 if (name, target) == ("whole_row_kernel", "sm_90") else 0)
-        for name in ("whole_row_kernel", "fwd_kernel", "bwd_kernel")
-        for target in targets
-    ]
+    for row in result.rows:
+        assert row.error is None
+        spills = (row.kernel, row.target) == ("first.whole_row_kernel", "sm_90")
+        assert (row.spills > 0) == spills, (row.kernel, row.target, row.spills)
     if f"triton=={triton.__version__}" in (ROOT / "constraints.txt").read_text():
         for row in result.rows:
             table = PAGE.split(f"\n{row.kernel}  BLOCK_N=")[1].split("\n\n")[0]

@@ -43,12 +43,14 @@ sanitize-rest: .venv/dev
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-OPS := layer_norm rms_norm embedding rotary attention attention_decode ffn cross_entropy linear_cross_entropy adamw
+OPS := layer_norm rms_norm embedding rotary attention attention_decode ffn quantized_linear cross_entropy linear_cross_entropy adamw
 tables: .venv/dev
 	$(BIN)/fastgpt lab $(OPS) --with traffic --markdown docs/kernels.md
 	$(BIN)/python -m benchmarks.error_growth --png docs/error_growth.png
 
+# With Debian's package, which root alone can install, there is more text.
 next-word: .venv/examples
+	@test "$$(id -u)" != 0 || apt-get install -y -q debian-reference-zh-cn > /dev/null || true
 	$(BIN)/python -m examples.next_word
 
 private: .venv/examples

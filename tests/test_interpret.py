@@ -1,6 +1,7 @@
 """Rollout, logit lens, attribution, ablation and direct logits, each against what it must equal."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -181,9 +182,9 @@ def test_gradient_x_input_is_a_small_step_of_each_token() -> None:
     torch.testing.assert_close(got, torch.tensor(changes), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(find_spec("captum") is None, reason="needs captum")
 @pytest.mark.gpu
 def test_attribution_and_ablation_through_kernels(device: str) -> None:
-    pytest.importorskip("captum")
     model, idx = model_of(replace(CONFIG, n_layer=1), device), ids(4).to(device)
     on_kernels = token_attribution(model, idx, TARGET, "gradient_x_input").scores
     heads = head_ablation(model, idx, TARGET)

@@ -45,6 +45,7 @@ def square(axes: Axes, T: int, block_m: int, block_n: int, left: int, title: str
 
 
 def attention() -> Figure:
+    figure: Figure
     figure, (one, two, three) = plt.subplots(1, 3, figsize=(10, 3.7), layout="constrained")
     square(one, 1024, 128, 64, 1024, "causal, blocks of 128 x 64")
     square(two, 1024, 128, 64, 255, "a window of 256 keys")
@@ -66,6 +67,7 @@ def gelu() -> Figure:
         "gelu, tanh": torch.nn.functional.gelu(u, approximate="tanh"),
         "relu": torch.relu(u),
     }
+    figure: Figure
     figure, (value, slope, error) = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     x = u.detach()
     for name, y in curves.items():
@@ -102,6 +104,7 @@ def relative(got: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def layer_norm() -> Figure:
+    figure: Figure
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 3.4), layout="constrained", width_ratios=[1.5, 1]
     )

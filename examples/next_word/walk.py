@@ -52,6 +52,7 @@ def embedding(model: GPT, ids: list[int], words: list[str]) -> str:
 
 def weights(layer: Attention, words: list[str]) -> str:
     """Of head 0: a few numbers of q and k, all scores, all weights and what a row sums to."""
+    assert layer.q is not None and layer.k is not None
     q, k, w = layer.q[0, 0], layer.k[0, 0], layer.weights[0, 0]
     T = len(words)
     lines = [[words[t], *numbers(q[t]), "", *numbers(k[t])] for t in range(T)]
@@ -69,6 +70,7 @@ def weights(layer: Attention, words: list[str]) -> str:
 
 
 def weighted_sum(layer: Attention, words: list[str]) -> str:
+    assert layer.v is not None and layer.o is not None
     w, v, o = layer.weights[0, 0, -1], layer.v[0, 0], layer.o[0, 0, -1]
     lines = [[f"{w[j]:.3f} v({word})", *numbers(w[j] * v[j])] for j, word in enumerate(words)]
     total = (w[:, None] * v).sum(0)
@@ -80,8 +82,9 @@ def weighted_sum(layer: Attention, words: list[str]) -> str:
 def feed_forward(model: GPT, idx: Tensor, word: str) -> str:
     """Of the last position in the first layer: six of the units inside."""
     kept: list[Tensor] = []
-    block = model.h[0]
-    hook = block.mlp.c_fc.register_forward_hook(lambda *call: kept.append(call[2]))
+    hook = model.get_submodule("h.0.mlp.c_fc").register_forward_hook(
+        lambda *call: kept.append(call[2])
+    )
     try:
         model(idx)
     finally:

@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     near = [training[search.nearest(one.text)] for one in held_out]
     ways["the nearest question's answer (TF-IDF)"] = [one.accepted[0] for one in near]
 
-    config = configuration(args.out, *files, init, args.steps, args.seed)
+    train_file, held_out_file = files
+    config = configuration(args.out, train_file, held_out_file, init, args.steps, args.seed)
     if not train(config).done:
         raise SystemExit("stopped; the same command goes on")
     model, tokenizer = load(args.out)

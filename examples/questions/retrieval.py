@@ -30,7 +30,7 @@ class Retrieval:
 
     def nearest(self, text: str) -> int:
         """The number of the text with the largest cosine; 0 if none shares a term."""
-        scores: Counter[int] = Counter({0: 0.0})
+        scores = defaultdict[int, float](float, {0: 0.0})
         for term, weight in self._weights(_terms(text)).items():
             for n, other in self._places.get(term, ()):
                 scores[n] += weight * other

@@ -1,6 +1,6 @@
 # make demo    train a small GPT on Python's language reference, and generate from it
 # make test    everything that can be proven without a GPU
-# make next-word private questions writing explain  an example a target, each with a page in docs/
+# make next-word private questions translation writing explain  an example a target, each with a page in docs/
 # make docs    the site: build/site/index.html
 # make tables  docs/kernels.md and docs/error_growth.png; docs/performance.md says how it is made
 # Each makes .venv and installs what it needs, at the versions of constraints.txt.
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-cpu test-interpreted test-sanitized sanitize-attention sanitize-rest lint \
-	docs tables clean next-word private questions writing explain
+	docs tables clean next-word private questions translation writing explain
 
 demo: .venv/train
 	$(BIN)/fastgpt demo
@@ -65,6 +65,12 @@ explain: .venv/examples
 
 questions: .venv/examples .venv/smollm2
 	$(BIN)/python -m examples.questions
+# Its verses are in packages of Debian's, which root alone can install; to others it says so.
+SWORD := libsword-utils sword-text-sparv sword-text-web
+translation: .venv/examples .venv/smollm2
+	@dpkg-query --show $(SWORD) > /dev/null 2>&1 || test "$$(id -u)" != 0 || \
+		(apt-get update -q && apt-get install -y -q --no-install-recommends $(SWORD)) > /dev/null
+	$(BIN)/python -m examples.translation
 writing: .venv/examples
 	$(BIN)/python -m examples.writing
 

@@ -21,7 +21,8 @@ PRIVACY = ["opacus>=1.5"]
 
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1"]
 
-EXAMPLES = [*TRAIN, *EXPLAIN, *PRIVACY, "gguf>=0.19", "pyyaml>=6"]  # what examples/ need together
+# What examples/ need together.
+EXAMPLES = [*TRAIN, *EXPLAIN, *PRIVACY, "gguf>=0.19", "pyyaml>=6", "sacrebleu>=2.4"]
 
 setup(
     name="fastgpt-triton",

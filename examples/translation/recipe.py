@@ -72,7 +72,7 @@ class Recipe:
 
     out: Path
     init: str
-    steps: int = 60
+    steps: int = 240
     rows: int = 3
     block_size: int = 192
     lr: float = 1e-3

@@ -366,7 +366,7 @@ def _dh_vendor(
     _, M, N = pre.shape
     dpre = torch.empty_like(pre)
     torch.mm(dy, w2, out=dpre[0])
-    tile = act_tile()
+    tile = act_tile(len(pre) == 2)
     each = tile.block_m * max(1, cdiv(M, 64 * tile.block_m))  # rows of a program
     groups = cdiv(M, each)
     part = torch.zeros((len(pre), max(1, groups), N), dtype=torch.float32, device=dy.device)

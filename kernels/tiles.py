@@ -273,9 +273,11 @@ def ffn_parts(tile: ProductTile, gated: bool) -> int:
 
 
 @tunable
-def act_tile() -> Tile:
-    """Of the pointwise passes over (M, F)."""
-    return Tile(8, 32, 1, 1) if chip() == "interpreter" else Tile(4, 512, 4, 1)
+def act_tile(gate_grads: bool = False) -> Tile:
+    """Of the pointwise passes over (M, F); the gradients of a gated one need more registers."""
+    if chip() == "interpreter":
+        return Tile(8, 32, 1, 1)
+    return Tile(2 if gate_grads else 4, 512, 4, 1)
 
 
 @tunable

@@ -102,9 +102,9 @@ def test_attention_reads_the_packed_projection_in_place(monkeypatch: pytest.Monk
     seen: list[torch.Tensor] = []
     attention = ops.attention_packed
 
-    def spy(qkv: torch.Tensor, n_head: int, dropout_p: float) -> torch.Tensor:
+    def spy(qkv: torch.Tensor, n_head: int, **options: Any) -> torch.Tensor:
         seen.append(qkv)
-        return attention(qkv, n_head, dropout_p=dropout_p)
+        return attention(qkv, n_head, **options)
 
     monkeypatch.setattr(ops, "attention_packed", spy)
     attn = CausalSelfAttention(32, 2)

@@ -27,6 +27,13 @@ V, T = 31, 8
 CONFIG = PrivacyConfig(epsilon=None, noise_multiplier=1.0, epochs=2, batch_size=8, rows=4, seed=0)
 
 
+@pytest.fixture(autouse=True)
+def flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """opacus sets one of cuDNN's, which torch's own test tools, once imported, forbid."""
+    held = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(held, "__allow_nonbracketed_mutation_flag", True)
+
+
 def model(**options: Any) -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=T, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **options))

@@ -394,6 +394,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         terminal.type(b"\x03")
         reply = terminal.until(lambda said: said.endswith("\n> "))
         assert "Traceback" not in reply
+        time.sleep(0.3)  # input() shows its prompt a moment before it reads
         terminal.type(b"half a line\x03")
         terminal.until(lambda said: said.endswith("\n> "))
         terminal.type(b"/reset\n")

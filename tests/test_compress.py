@@ -18,7 +18,7 @@ from fastgpt.lora import LoraConfig, add, merge
 from fastgpt.quantized import Int4Linear, Int8Embedding, Int8Linear
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import CheckpointConfig, load
-from fastgpt.train.checkpoint import Checkpointer
+from fastgpt.train.checkpoint import Checkpointer, export
 
 TEXT = "Rings and steps and bells. " * 40 + "A bell that rings is a bell that steps. " * 40
 
@@ -140,6 +140,9 @@ def test_a_saved_model_is_the_model(to: str, tmp_path: Path, tokenizer: Tokenize
         for name, t in model.state_dict().items():
             assert torch.equal(made.state_dict()[name], t), name
         assert torch.equal(fastgpt.generate(made, ids, 20, temperature=0.0), want)
+    with pytest.raises(ValueError, match=f"export: the weights must be floats.*; got {to};"):
+        export(tmp_path / "run", tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
     half = GPT.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.wte.weight.dtype == torch.int8 and half.wte.scale.dtype == torch.float32

@@ -94,11 +94,17 @@ def export(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
         out: a folder, made if need be; or the name of a file, which ends in .gguf.
 
     Raises:
-        ValueError: it is no checkpoint of this library, or is damaged; the layout lacks its shape.
+        ValueError: it is no checkpoint of this library, or is damaged; the layout lacks its shape;
+            its weights are int8 or int4.
         OSError: out cannot be written.
         ImportError: a GGUF file needs the package gguf, which is not installed.
     """
     model, tokenizer = load(folder)
+    if (bits := model.config.quantized) is not None:
+        raise ValueError(
+            f"export: the weights must be floats, as other libraries read them; got {bits}; export"
+            " the model that was compressed, or write these with fastgpt compress --out"
+        )
     if Path(out).suffix == ".gguf":
         weights = lora.merged_weights(model)
         write_gguf(out, weights, model.config, tokenizer=tokenizer.to_json())

@@ -1,7 +1,7 @@
 """Engines that are not PyTorch's and only write text: CTranslate2 and llama.cpp.
 
-Both get the weights that the others have, in files of their own format, written by their own
-converters into a temporary folder; at the same number of threads; and take the likeliest token.
+Both get the weights that the others have, in files of their own format in a temporary folder; at the
+same number of threads; and take the likeliest token.
 """
 
 import ctypes
@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 
 from fastgpt.config import GPTConfig
+from fastgpt.gguf_file import write_gguf
 
 Write = Callable[[], Tensor]
-
-GGUF_NAMES = {
-    "wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight",
-    "ln_f": "output_norm", "ln_1": "attn_norm", "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}  # fmt: skip
 
 
 def ctranslate2(theirs: Any, ids: Tensor, new: int, precision: str, threads: int) -> Write:
@@ -129,40 +123,3 @@ def _silent() -> Any:
     import llama_cpp as engine
 
     return engine.llama_log_callback(lambda level, text, data: None)
-
-
-def write_gguf(file: Path, weights: dict[str, Tensor], c: GPTConfig, precision: str) -> None:
-    """GPT-2's weights as llama.cpp takes them, without a vocabulary.
-
-    Args:
-        precision: of the matrices: float32, float16, bfloat16, or int8, which is Q8_0.
-    """
-    import gguf
-
-    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
-    kind = gguf.GGMLQuantizationType[kinds[precision]]
-    out = gguf.GGUFWriter(file, "gpt2")
-    out.add_context_length(c.block_size)
-    out.add_embedding_length(c.n_embd)
-    out.add_feed_forward_length(weights["h.0.mlp.c_fc.weight"].shape[0])
-    out.add_block_count(c.n_layer)
-    out.add_head_count(c.n_head)
-    out.add_layer_norm_eps(1e-5)
-    out.add_vocab_size(c.vocab_size)
-    out.add_tokenizer_model("no_vocab")
-    for name, tensor in weights.items():
-        head, _, part = name.rpartition(".")
-        if head.startswith("h."):
-            _, layer, head = head.split(".", 2)
-            theirs = f"blk.{layer}.{GGUF_NAMES[head]}.{part}"
-        else:
-            theirs = GGUF_NAMES.get(name) or f"{GGUF_NAMES[head]}.{part}"
-        values = tensor.float().numpy()
-        if values.ndim < 2 or name == "wpe.weight":
-            out.add_tensor(theirs, values)
-        else:
-            out.add_tensor(theirs, gguf.quantize(values, kind), raw_dtype=kind)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()

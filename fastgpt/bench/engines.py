@@ -1,7 +1,7 @@
 """Engines that are not PyTorch's and only write text: CTranslate2 and llama.cpp.
 
-Both get the weights that the others have, in files of their own format in a temporary folder; at the
-same number of threads; and take the likeliest token.
+Both get the weights that the others have, in files of their own format in a temporary folder; at
+the same number of threads; and take the likeliest token.
 """
 
 import ctypes
